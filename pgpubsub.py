@@ -1,0 +1,1226 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "psycopg2-binary>=2.9.9,<3", "simple-websocket>=1.1,<2", "werkzeug>=3.1,<4"
+# ]
+# ///
+"""pgpubsub: PostgreSQL notifications to websockets, complete or closed.
+
+    PostgreSQL --notify--> Listener --bytes--> Subscriptions --> Subscriber --> client
+       (1 connection)      (1 thread)          (who wants it)    (its queue)
+
+The server LISTENs on the channels of -chan and publishes each notification to the
+websockets on /subscribe/<channel>. The promise: an open subscription is complete.
+From the moment a client sees its websocket open, every notification that commits on
+its channels reaches it, once, in commit order. When that can't be kept, the websocket
+is closed with a code that says why; it never skips silently.
+
+Threads, and what each may touch:
+
+    main           starts everything, waits for SIGINT or SIGTERM, stops everything
+    listener       the LISTEN connection, which is its alone; publishes what it hears
+    HTTP server    accepts connections; ends those that are past their deadline
+    one a request  the handshake; after it, the reader of its websocket
+    writers        one for each websocket that has not taken all that it was sent
+
+Run it:  pgpubsub.py -chan foo,bar -conn postgresql://user@host/database -port 8080
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import codecs
+import fnmatch
+import json
+import logging
+import os
+import random
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from _thread import start_new_thread
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import psycopg2
+import psycopg2.extensions
+import simple_websocket  # type: ignore[import-untyped]
+from psycopg2 import sql
+from werkzeug.exceptions import HTTPException
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+from werkzeug.wrappers import Request, Response
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("pgpubsub")
+
+# --------------------------------------------------------------------------------------
+# Limits, each with its unit and its reason. What an operator may want to change is a
+# flag instead: see the end of the file.
+# --------------------------------------------------------------------------------------
+
+HANDSHAKE_TIMEOUT = 10.0  # seconds for a whole request: a drip holds no thread
+CLOSE_TIMEOUT = 5.0  # seconds from a close frame to the end of the socket
+DATABASE_TIMEOUT = 5.0  # seconds without a byte from a database that owes an answer
+HEARTBEAT = 5.0  # seconds between questions to the database: a frozen one says nothing
+MAX_RETRY_DELAY = 5.0  # seconds between two attempts to reach the database again
+MAX_MESSAGE = 1 << 16  # bytes in a message from a client; nobody reads them
+MAX_INCOMING = 1 << 20  # bytes from a client between two pings; a pong has 6
+MAX_CHANNEL = 63  # bytes in a channel's name: past NAMEDATALEN - 1, LISTEN truncates
+MAX_ON_DEMAND = 10_000  # channels LISTENed to because of a pattern
+MAX_PIECES = 512  # pieces in one send; the kernel's own limit is IOV_MAX, 1024
+MAX_DRAIN = 1000  # notifications published at once, so that the first need not wait
+SEND_BUFFER = 1 << 17  # bytes, which the kernel doubles: it would hide megabytes
+ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming back
+SPARE = 64  # connections past -max (to say 503, /metrics), and other descriptors
+POOL_SIZE = 4  # connections for the questions of requests
+
+TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
+# Close codes, RFC 6455, section 7.4.1; 1012 and 1013 are in IANA's registry.
+NORMAL, GOING_AWAY, ABNORMAL, POLICY_VIOLATION = 1000, 1001, 1006, 1008
+INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1011, 1012, 1013
+UNREMARKABLE = {NORMAL, GOING_AWAY, 1005, ABNORMAL, SERVICE_RESTART}  # not logged
+
+
+class StartupError(Exception):
+    """Why the server can't start, in one line that holds no secret."""
+
+
+def refusal(status: int, sentence: str, **headers: str) -> HTTPException:
+    """An HTTP error with a sentence as its body, to be raised."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return HTTPException(response=Response(sentence + "\n", status, named))
+
+
+# --------------------------------------------------------------------------------------
+# Notifications and frames. A notification is encoded once, here: a server's frames are
+# not masked, so all its subscribers get the same bytes.
+# --------------------------------------------------------------------------------------
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    """One unfragmented, unmasked websocket frame (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + payload
+    if size < 65536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+
+
+@dataclass(slots=True)
+class Notification:
+    """What one NOTIFY said."""
+
+    channel: str
+    payload: str
+    id: str | None = None  # the client that it is for; None: everybody
+    seq: int | None = None  # its place in the log; None: a plain NOTIFY
+
+    def frame(self, bare: bool) -> bytes:
+        """The frame that carries the payload alone, or all of it as JSON."""
+        if bare:
+            return frame(TEXT, self.payload.encode())
+        fields = {name: getattr(self, name) for name in ("channel", "id", "seq")}
+        text = json.dumps({**fields, "payload": self.payload}, ensure_ascii=False)
+        # A \u escape in the payload can make the id half of a surrogate pair.
+        return frame(TEXT, text.encode("utf-8", "replace"))
+
+
+def addressee(payload: str, attribute: str) -> str | None:
+    """The client ID in a payload that is a JSON object, to the letter.
+
+    A number stays as it is written (42.0 is not 42): no two ids are ever confused.
+    What is nested too deeply to be read is for a client that can't exist.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")  # json takes NaN and Infinity
+
+    if not payload.lstrip(" \t\r\n").startswith("{"):
+        return None
+    try:
+        value = json.loads(
+            payload, parse_int=str, parse_float=str, parse_constant=refuse
+        ).get(attribute)
+    except ValueError:
+        return None
+    except RecursionError:
+        return "\0"
+    return value if isinstance(value, str) else None
+
+
+# --------------------------------------------------------------------------------------
+# One websocket. Every byte to a client goes through its queue, so no frame is torn. When
+# nothing waits, put() offers the bytes to the socket without blocking; what the kernel
+# does not take waits, as references to bytes that all subscribers share, and a writer
+# thread lives for as long as something waits. So a slow client costs only itself.
+# --------------------------------------------------------------------------------------
+
+
+class Subscription(NamedTuple):
+    """What a request asks for."""
+
+    channels: frozenset[str]
+    id: str | None  # only what is for this client or for everybody; None: all
+
+
+class Deadlines(dict[socket.socket, float]):
+    """When sockets must be done (time.monotonic()). Its dict methods are atomic."""
+
+    def enforce(self) -> None:
+        """Ends the sockets that are late, which wakes whoever waits for them."""
+        now = time.monotonic()
+        for sock, deadline in list(self.items()):
+            if deadline <= now:
+                end_socket(sock)
+
+
+def end_socket(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # somebody was faster
+
+
+class Subscriber:
+    """One websocket: a queue for publishers, a socket for simple-websocket."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        subscription: Subscription,
+        backlog: int,
+        deadlines: Deadlines,
+    ) -> None:
+        self.name = name  # for the log
+        self.subscription = subscription
+        self._sock = sock
+        self._backlog = backlog
+        self._deadlines = deadlines
+        self._received = 0  # bytes since the last ping; the reader's alone
+        self._lock = threading.Lock()  # guards _queue, _waiting and code
+        self._queue: deque[bytes | memoryview] = deque()
+        self._waiting = 0  # bytes in the queue
+        self.code: int | None = None  # close code; nothing is queued after it is set
+        # Held while somebody is emptying the queue. The request's thread starts with
+        # it, and lets it go with the 101: until then all that is published waits.
+        self._sending = threading.Lock()
+        self._sending.acquire()
+
+    def put(self, data: bytes, code: int | None = None) -> None:
+        """Sends whole frames as soon as the socket takes them; never blocks.
+
+        With a code it is the last: a close frame, after which the socket has its time.
+        """
+        with self._lock:
+            if self.code is not None:
+                return
+            self._queue.append(data)
+            self._waiting += len(data)
+            if code is not None:
+                self._end(code)
+            if self._sending.acquire(blocking=False):
+                self._push()
+                if self._queue:
+                    self._start_writer()
+                else:
+                    self._sending.release()
+            full = self._waiting > self._backlog
+        if full:
+            self.close_with(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
+
+    def close_with(self, code: int, reason: str) -> None:
+        """Queues a close frame. What waits is sent before, unless it is too much."""
+        if code == TRY_AGAIN_LATER:
+            with self._lock:  # what is partly sent must be sent whole
+                while self._queue and isinstance(self._queue[-1], bytes):
+                    self._waiting -= len(self._queue.pop())
+        self.put(frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]), code)
+        if code not in UNREMARKABLE:
+            log.info("closed %s: %d %s", self.name, code, reason)
+
+    def _end(self, code: int) -> None:
+        """The lock is held."""
+        self.code = code
+        self._deadlines.setdefault(self._sock, time.monotonic() + CLOSE_TIMEOUT)
+
+    def _push(self) -> None:
+        """Gives the socket what it takes at once. _lock and _sending are held."""
+        while self._queue:
+            pieces = list(islice(self._queue, MAX_PIECES))
+            try:
+                sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:  # the peer is gone; the reader finds out, too
+                self._abandon()
+                return
+            self._waiting -= sent
+            for piece in pieces:
+                if sent < len(piece):
+                    self._queue[0] = memoryview(piece)[sent:]
+                    break
+                sent -= len(self._queue.popleft())
+
+    def _abandon(self) -> None:
+        """The lock is held."""
+        self._queue.clear()
+        self._waiting = 0
+        self._end(self.code or ABNORMAL)
+
+    def _start_writer(self) -> None:
+        """Both locks are held; the writer inherits _sending."""
+        try:
+            start_new_thread(self._write, ())
+        except RuntimeError:  # no more threads to be had
+            log.error("closed %s: no thread to be had for its backlog", self.name)
+            self._abandon()
+            end_socket(self._sock)
+            self._sending.release()
+
+    def _write(self) -> None:
+        """Sends what waits, as the socket takes it. _sending is held."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLOUT)
+        while True:
+            poller.poll()
+            with self._lock:
+                self._push()
+                if not self._queue:
+                    self._sending.release()
+                    return
+
+    # What simple-websocket takes for a socket, in the request's thread.
+
+    def open(self, handshake: bytes) -> None:
+        """Sends the 101 before all that waits."""
+        self._sock.settimeout(None)
+        with self._lock:
+            self._queue.appendleft(handshake)
+            self._waiting += len(handshake)
+            if self.code is None:  # else it is closing already, and has its deadline
+                self._deadlines.pop(self._sock, None)
+        self._write()
+
+    def send(self, data: bytes) -> int:
+        if data.startswith(b"HTTP"):
+            self.open(data)
+        elif data[0] == 0x80 | CLOSE:
+            code = int.from_bytes(data[2:4], "big")
+            if code not in UNREMARKABLE and self.code is None:
+                log.info("closed %s: %d %s", self.name, code, data[4:].decode())
+            self.put(data, code)
+        else:
+            if data[0] == 0x80 | PING:
+                self._received = 0
+            self.put(data)
+        return len(data)
+
+    def recv(self, size: int) -> bytes:
+        data = self._sock.recv(size)
+        self._received += len(data)
+        if self._received > MAX_INCOMING:
+            self.close_with(POLICY_VIOLATION, "too many messages")
+            return b""
+        return data
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Not yet: finish() comes first, and werkzeug closes the socket."""
+
+    def finish(self) -> None:
+        """Sends what waits and lets the peer hang up first, until the deadline.
+
+        To close a socket that has unread bytes resets the connection, and the close
+        frame may be lost on its way (RFC 6455, section 7.1.1).
+        """
+        with self._lock:
+            self._end(self.code or ABNORMAL)
+        self._sending.acquire()
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+            while self._sock.recv(MAX_MESSAGE):
+                pass
+        except OSError:
+            pass
+        self._sending.release()
+
+    def cut(self) -> None:
+        end_socket(self._sock)
+
+
+class InThisThread:
+    """What simple-websocket starts as its reader: the request's own thread runs it."""
+
+    name = ""
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        self.run = target
+
+    def start(self) -> None:
+        pass
+
+
+class Discard(list[object]):
+    """simple-websocket's list of received messages, which nobody reads."""
+
+    def append(self, message: object) -> None:
+        pass
+
+
+# --------------------------------------------------------------------------------------
+# Who wants what. The subscribers to the same channels form a feed. All that one drain of
+# the database connection brought for a feed becomes one bytes object, which they share.
+# --------------------------------------------------------------------------------------
+
+
+class Feed:
+    """The subscribers to one set of channels, by the id that they asked for."""
+
+    def __init__(self, channels: frozenset[str]) -> None:
+        self.channels = channels
+        self.bare = len(channels) == 1
+        self.by_id: dict[str | None, set[Subscriber]] = {}
+
+    def needs_ids(self) -> bool:
+        return not self.bare or len(self.by_id) > (None in self.by_id)
+
+    def share(self, batch: list[Notification]) -> Iterator[tuple[bytes, list[Any]]]:
+        """Which bytes of a batch go to which subscribers: no more than ids ask for."""
+        frames = [(n.id, n.frame(self.bare)) for n in batch]
+        everybody = b"".join([data for to, data in frames if to is None])
+        named = {to for to, _ in frames if to is not None}
+        for wish, subscribers in self.by_id.items():
+            data = everybody
+            if wish in named or (wish is None and named):
+                data = b"".join(
+                    [d for to, d in frames if wish is None or to in (None, wish)]
+                )
+            if data:
+                yield data, list(subscribers)
+
+
+class Subscriptions:
+    """Who wants what, and which channels the database is sending for them."""
+
+    def __init__(self, channels: Sequence[str], attribute: str, maximum: int) -> None:
+        self.exact = frozenset(c for c in channels if not is_pattern(c))
+        self._patterns = [c.replace("[", "[[]") for c in channels if is_pattern(c)]
+        self._attribute = attribute
+        self._maximum = maximum
+        self.wake_listener: Callable[[], None] = lambda: None
+        # Guards all below, and is held for no call that blocks; notified when _up,
+        # _listening or _subscribers have changed.
+        self._changed = threading.Condition(threading.Lock())
+        self._up = False  # the listener is connected
+        self._listening: set[str] = set()  # channels that the database is sending
+        self._feeds: dict[frozenset[str], Feed] = {}
+        self._by_channel: dict[str, set[Feed]] = {}
+        self._subscribers: set[Subscriber] = set()  # until their sockets have ended
+
+    def serves(self, channel: str) -> bool:
+        return channel in self.exact or (
+            is_channel(channel)
+            and any(fnmatch.fnmatchcase(channel, pattern) for pattern in self._patterns)
+        )
+
+    # What requests use.
+
+    def add(self, subscriber: Subscriber) -> None:
+        """Returns when the database is sending what is asked for, else raises a 503."""
+        channels = subscriber.subscription.channels
+        with self._changed:
+            self._admit(channels)
+            self._subscribers.add(subscriber)
+            self._join(subscriber)
+            if channels <= self._listening:
+                return
+        self.wake_listener()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._up or channels <= self._listening, DATABASE_TIMEOUT
+            )
+            if not channels <= self._listening:
+                raise refusal(503, "the database is away", Retry_After="1")
+
+    def _admit(self, channels: frozenset[str]) -> None:
+        if not self._up:
+            raise refusal(503, "the database is away", Retry_After="1")
+        if len(self._subscribers) >= self._maximum:
+            raise refusal(503, "too many connections", Retry_After="5")
+        if len(self._by_channel.keys() | channels) > len(self.exact) + MAX_ON_DEMAND:
+            raise refusal(503, "too many channels", Retry_After="5")
+
+    def _join(self, subscriber: Subscriber) -> None:
+        channels, client_id = subscriber.subscription
+        if channels not in self._feeds:
+            feed = self._feeds[channels] = Feed(channels)
+            for channel in channels:
+                self._by_channel.setdefault(channel, set()).add(feed)
+        self._feeds[channels].by_id.setdefault(client_id, set()).add(subscriber)
+
+    def leave(self, subscriber: Subscriber) -> None:
+        """No more notifications for it. Harmless when it has left already."""
+        channels, client_id = subscriber.subscription
+        with self._changed:
+            feed = self._feeds.get(channels)
+            if feed is None or subscriber not in feed.by_id.get(client_id, ()):
+                return
+            feed.by_id[client_id].remove(subscriber)
+            if not feed.by_id[client_id]:
+                del feed.by_id[client_id]
+            if not feed.by_id:
+                del self._feeds[channels]
+                for channel in channels:
+                    self._by_channel[channel].remove(feed)
+                    if not self._by_channel[channel]:
+                        del self._by_channel[channel]
+        if not channels <= self.exact:
+            self.wake_listener()
+
+    def gone(self, subscriber: Subscriber) -> None:
+        with self._changed:
+            self._subscribers.discard(subscriber)
+            self._changed.notify_all()
+
+    # What the listener uses.
+
+    def publish(self, batch: Iterable[Notification]) -> None:
+        """Hands a batch, in commit order, to everybody who wants some of it."""
+        wanted: dict[Feed, list[Notification]] = {}
+        with self._changed:
+            for notification in batch:
+                feeds = self._by_channel.get(notification.channel, ())
+                if any(feed.needs_ids() for feed in feeds):
+                    notification.id = addressee(notification.payload, self._attribute)
+                for feed in feeds:
+                    wanted.setdefault(feed, []).append(notification)
+            shares = [share for feed in wanted for share in feed.share(wanted[feed])]
+        for data, subscribers in shares:
+            for subscriber in subscribers:
+                subscriber.put(data)
+
+    def changes(self) -> tuple[set[str], set[str]]:
+        """The channels to LISTEN to and to UNLISTEN for what is wanted now.
+
+        The latter count as not heard before the UNLISTEN is sent, so that whoever asks
+        for one of them in the meantime waits for a new LISTEN.
+        """
+        with self._changed:
+            wanted = {*self.exact, *self._by_channel}
+            unlisten = self._listening - wanted
+            self._listening -= unlisten
+            return wanted - self._listening, unlisten
+
+    def hear(self, channels: set[str]) -> None:
+        """The database is sending these from now on."""
+        with self._changed:
+            self._listening |= channels
+            self._up = True
+            self._changed.notify_all()
+
+    def lose(self, code: int) -> int:
+        """The database is gone: closes who can't be complete, and returns how many."""
+        with self._changed:
+            self._up = False
+            for registry in (self._listening, self._feeds, self._by_channel):
+                registry.clear()
+            self._changed.notify_all()
+        return self._close_all(code, "the database connection was lost")
+
+    # What the main thread uses.
+
+    def _close_all(self, code: int, reason: str) -> int:
+        with self._changed:
+            subscribers = list(self._subscribers)
+        for subscriber in subscribers:
+            subscriber.close_with(code, reason)
+        return len(subscribers)
+
+    def stop(self) -> None:
+        """Says goodbye to all, waits until they are gone, and cuts off who is not."""
+        with self._changed:
+            self._up = False
+        self._close_all(GOING_AWAY, "the server is stopping")
+        with self._changed:
+            self._changed.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT)
+            late = list(self._subscribers)
+        for subscriber in late:
+            subscriber.cut()
+
+
+def is_pattern(channel: str) -> bool:
+    return "*" in channel or "?" in channel
+
+
+def is_channel(name: str) -> bool:
+    """Whether PostgreSQL can LISTEN to a channel of that name."""
+    try:
+        return 0 < len(name.encode()) <= MAX_CHANNEL and "\0" not in name
+    except UnicodeEncodeError:  # from a byte that is not UTF-8
+        return False
+
+
+# --------------------------------------------------------------------------------------
+# The database. One wait callback gives every query of psycopg2 a deadline. The listener
+# owns the LISTEN connection; other threads only wake it, and it looks for itself at what
+# is wanted. The questions that requests have go through a small pool.
+# --------------------------------------------------------------------------------------
+
+
+class NoAnswer(psycopg2.OperationalError):
+    """The database did not answer in DATABASE_TIMEOUT."""
+
+
+def wait_for_database(connection: psycopg2.extensions.connection) -> None:
+    """psycopg2's wait callback, for as long as a connect or a query is under way."""
+    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
+        reading = state == psycopg2.extensions.POLL_READ
+        poller = select.poll()  # select.select() refuses descriptors over 1023
+        poller.register(connection, select.POLLIN if reading else select.POLLOUT)
+        if not poller.poll(DATABASE_TIMEOUT * 1000):
+            raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
+
+
+def lenient_utf8(name: str) -> codecs.CodecInfo | None:
+    """A codec for SQL_ASCII databases, whose text may be anything.
+
+    psycopg2 drops a notification that it can't decode without a word; with this one,
+    bytes that are not UTF-8 arrive as U+FFFD.
+    """
+
+    def decode(data: Any, errors: str = "replace") -> tuple[str, int]:
+        return codecs.utf_8_decode(data, "replace", True)
+
+    return codecs.CodecInfo(codecs.utf_8_encode, decode) if name == "lenient" else None
+
+
+psycopg2.extensions.set_wait_callback(wait_for_database)
+codecs.register(lenient_utf8)
+psycopg2.extensions.encodings["SQLASCII"] = "lenient"
+
+
+def connection_parameters(conn: str) -> dict[str, str]:
+    """Takes -conn apart. Raises StartupError, whose words can't hold a password."""
+    try:
+        given = psycopg2.extensions.parse_dsn(conn)
+        # A special character in a password moves a part of it to one of these.
+        named = "".join(given.get(key, "") for key in ("user", "host", "dbname"))
+        port = re.fullmatch("[0-9,]*", given.get("port", ""))
+        if "://" in conn and ("@" in named or not port):
+            raise ValueError
+    except (psycopg2.Error, ValueError):
+        raise StartupError(
+            "-conn is not a connection string that libpq understands; in a URI the"
+            " special characters of a password must be percent-encoded"
+        ) from None
+    defaults = {
+        "fallback_application_name": "pgpubsub",
+        "keepalives_idle": "5",  # seconds
+        "keepalives_interval": "2",
+        "keepalives_count": "3",
+        "tcp_user_timeout": f"{DATABASE_TIMEOUT * 2000:.0f}",  # milliseconds
+    }
+    return defaults | given
+
+
+def connect(parameters: dict[str, Any]) -> psycopg2.extensions.connection:
+    """A connection in autocommit, which decodes all text. Raises psycopg2.Error."""
+    connection: psycopg2.extensions.connection = psycopg2.connect(**parameters)
+    connection.autocommit = True  # else a LISTEN would wait for a commit
+    ascii = connection.info.parameter_status("server_encoding") == "SQL_ASCII"
+    connection.set_client_encoding("SQL_ASCII" if ascii else "UTF8")
+    return connection
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Listener:
+    """The thread that LISTENs. Its connection is its alone."""
+
+    def __init__(self, parameters: dict[str, str], subscriptions: Subscriptions):
+        self._parameters = parameters
+        self._subscriptions = subscriptions
+        subscriptions.wake_listener = self.wake
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
+
+    def start(self) -> None:
+        """Connects, LISTENs, and starts the thread. Raises psycopg2.Error."""
+        self._connect()
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Makes the listener look at what is wanted. Any thread may call it."""
+        try:
+            self._wake_writer.send(b"\0")
+        except BlockingIOError:
+            pass  # it has been woken often enough
+
+    def stop(self) -> None:
+        """Publishes what has arrived, ends the thread and closes the connection."""
+        self._stopping.set()
+        self.wake()
+        self._thread.join(2 * DATABASE_TIMEOUT)
+
+    def _connect(self) -> None:
+        self._connection = connect(self._parameters)
+        self._cursor = self._connection.cursor()
+        self._next_heartbeat = 0.0
+        self._beat()
+        self._synchronise()
+        info = self._connection.info
+        where = f"{info.host} port {info.port}"
+        log.info("listening to database %s at %s", info.dbname, where)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._listen()
+            except psycopg2.Error as error:
+                self._reconnect(SERVICE_RESTART, one_line(error))
+            except Exception:
+                log.exception("the listener failed, and starts again")
+                self._reconnect(INTERNAL_ERROR, "an internal error")
+        self._connection.close()
+
+    def _listen(self) -> None:
+        poller = select.poll()
+        poller.register(self._connection, select.POLLIN)
+        poller.register(self._wake_reader, select.POLLIN)
+        while not self._stopping.is_set():
+            patience = max(0.0, self._next_heartbeat - time.monotonic())
+            ready = [descriptor for descriptor, _ in poller.poll(patience * 1000)]
+            if self._wake_reader.fileno() in ready:
+                self._wake_reader.recv(4096)
+                self._synchronise()
+            self._beat()
+            self._drain()
+
+    def _beat(self) -> None:
+        """Asks the database for a sign of life when it is time."""
+        if time.monotonic() >= self._next_heartbeat:
+            self._cursor.execute("select 1")
+            self._next_heartbeat = time.monotonic() + HEARTBEAT
+
+    def _synchronise(self) -> None:
+        """LISTENs to what is wanted and UNLISTENs what nobody wants any more."""
+        while True:
+            listen, unlisten = self._subscriptions.changes()
+            commands = [("UNLISTEN", c) for c in unlisten] + [
+                ("LISTEN", c) for c in listen
+            ]
+            if commands:
+                self._cursor.execute(
+                    sql.SQL("; ").join(
+                        sql.SQL(verb + " {}").format(sql.Identifier(channel))
+                        for verb, channel in commands
+                    )
+                )
+            self._subscriptions.hear(listen)
+            if not commands:
+                return
+
+    def _drain(self) -> None:
+        """Publishes what has arrived, together."""
+        notifies, heard = self._connection.notifies, -1
+        while heard < len(notifies) < MAX_DRAIN:
+            heard = len(notifies)
+            self._connection.poll()
+        if notifies:
+            batch = [Notification(n.channel, n.payload) for n in notifies]
+            notifies.clear()
+            self._subscriptions.publish(batch)
+
+    def _reconnect(self, code: int, reason: str) -> None:
+        """Tries for ever, or until the server stops."""
+        closed = self._subscriptions.lose(code)
+        log.warning("lost the database: %s; closed %d subscribers", reason, closed)
+        delay = 0.1
+        while not self._stopping.wait(delay * random.uniform(0.5, 1)):
+            try:
+                self._connection.close()
+                return self._connect()
+            except psycopg2.Error as error:
+                self._subscriptions.lose(code)  # those who came in between
+                log.warning("cannot use the database: %s", one_line(error))
+                delay = min(2 * delay, MAX_RETRY_DELAY)
+
+
+class Pool:
+    """A few connections, for the questions that requests have."""
+
+    def __init__(self, parameters: dict[str, str]) -> None:
+        self._parameters = parameters
+        self._slots = threading.BoundedSemaphore(POOL_SIZE)
+        self._idle: deque[psycopg2.extensions.connection] = deque()  # thread-safe
+
+    def query(self, query: str | sql.Composable, values: Sequence[object]) -> list[Any]:
+        """The rows. Raises psycopg2.Error, also when all connections stay busy."""
+        if not self._slots.acquire(timeout=DATABASE_TIMEOUT):
+            raise NoAnswer("all connections to the database are busy")
+        try:
+            while self._idle:
+                try:
+                    return self._ask(self._idle.pop(), query, values)
+                except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+                    # A restart of the database breaks them all, and a new one is due.
+                    if isinstance(error, NoAnswer) or error.pgcode == "57014":
+                        raise
+            return self._ask(self._connect(), query, values)
+        finally:
+            self._slots.release()
+
+    def _ask(self, connection: Any, query: Any, values: Sequence[object]) -> list[Any]:
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(query, values)
+                return list(cursor.fetchall())
+        finally:
+            if not connection.closed:
+                self._idle.append(connection)
+
+    def _connect(self) -> psycopg2.extensions.connection:
+        connection = connect(self._parameters)
+        with connection.cursor() as cursor:  # the database, too, gives up in time
+            cursor.execute(f"set statement_timeout = {DATABASE_TIMEOUT * 900:.0f}")
+        return connection
+
+
+class Access:
+    """The SQL function of -auth, which says who may subscribe to what."""
+
+    def __init__(self, pool: Pool, function: str) -> None:
+        """Raises StartupError if there is no such function, or psycopg2.Error."""
+        self._pool = pool
+        found = pool.query(
+            "select nspname, proname from pg_proc join pg_namespace n"
+            " on n.oid = pronamespace where pg_proc.oid = to_regprocedure(%s)"
+            " and prorettype = 'boolean'::regtype"
+            " and has_schema_privilege(n.oid, 'usage')"
+            " and has_function_privilege(pg_proc.oid, 'execute')",
+            [f"{function}(text,text,text)"],
+        )
+        if not found:
+            wanted = f"{function}(token text, channel text, id text) returns boolean"
+            raise StartupError(f"-auth: no function {wanted} that this role may call")
+        self._query = sql.SQL(
+            "select bool_and(coalesce({}(%s, channel, %s), false)) from unnest(%s) channel"
+        ).format(sql.Identifier(*found[0]))
+
+    def check(self, token: str | None, subscription: Subscription) -> None:
+        """Raises a refusal unless the function says true for each of the channels."""
+        channels, client_id = subscription
+        if not token:
+            raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
+        try:
+            allowed = self._pool.query(self._query, [token, client_id, list(channels)])
+        except ValueError:  # a NUL, which PostgreSQL's text can't hold
+            allowed = [(False,)]
+        except psycopg2.Error as error:
+            reason = one_line(error).replace(token, "***")
+            log.error("-auth: %s", reason)
+            raise refusal(503, "access can't be checked now", Retry_After="5") from None
+        if allowed != [(True,)]:
+            raise refusal(403, "this token does not allow that")
+
+
+# --------------------------------------------------------------------------------------
+# HTTP. werkzeug reads requests and writes answers. What is refused is refused before the
+# upgrade, in a sentence; after it, the request's thread is the websocket's reader.
+# --------------------------------------------------------------------------------------
+
+
+class Application:
+    """The WSGI application."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        subscriptions: Subscriptions,
+        access: Access | None,
+        deadlines: Deadlines,
+    ) -> None:
+        self._options = options
+        self._subscriptions = subscriptions
+        self._access = access
+        self._deadlines = deadlines
+
+    def __call__(
+        self, environ: WSGIEnvironment, start: StartResponse
+    ) -> Iterable[bytes]:
+        try:
+            response = self._respond(Request(environ))
+        except HTTPException as error:
+            response = error.get_response(environ)
+        return response(environ, start)
+
+    def _respond(self, request: Request) -> Response:
+        if not re.match("/subscribe(/|$)", request.path):
+            raise refusal(404, "nothing here: see /subscribe/<channel>")
+        if request.method != "GET":
+            raise refusal(405, "GET this, as a websocket", Allow="GET")
+        subscription = self._subscription(request)
+        check_upgrade(request)
+        self._check_origin(request)
+        if self._access:
+            self._access.check(bearer_token(request), subscription)
+        self._serve(request, subscription)
+        raise ConnectionError  # so that werkzeug writes nothing after a websocket
+
+    def _subscription(self, request: Request) -> Subscription:
+        channels = self._subscriptions.exact
+        if request.path != "/subscribe":
+            channels = frozenset(request.path[len("/subscribe/") :].split(","))
+        elif not channels:
+            raise refusal(404, "name a channel: /subscribe/<channel>")
+        for channel in channels:
+            if not self._subscriptions.serves(channel):
+                raise refusal(404, f"channel {channel!r} is not served here")
+        return Subscription(channels, request.args.get("id"))
+
+    def _check_origin(self, request: Request) -> None:
+        """Browsers name the site that a page is from; other programs name none."""
+        origin, allowed = request.headers.get("Origin"), self._options.origin
+        if origin is None or "*" in allowed or origin.lower() in allowed:
+            return
+        host = host_of(f"//{request.headers.get('Host')}")
+        if host is None or host_of(origin) != host:
+            raise refusal(403, "this origin may not connect: see the flag -origin")
+
+    def _serve(self, request: Request, subscription: Subscription) -> None:
+        environ = request.environ
+        subscriber = Subscriber(
+            environ["werkzeug.socket"],
+            f"{environ['REMOTE_ADDR']} port {environ['REMOTE_PORT']}",
+            subscription,
+            self._options.backlog,
+            self._deadlines,
+        )
+        try:
+            self._subscriptions.add(subscriber)
+            self._converse(subscriber, request)
+        finally:
+            self._subscriptions.leave(subscriber)
+            self._subscriptions.gone(subscriber)
+
+    def _converse(self, subscriber: Subscriber, request: Request) -> None:
+        """The websocket's whole life, from the 101 on."""
+        environ = {
+            "werkzeug.socket": subscriber,
+            "HTTP_HOST": "localhost",  # wsproto insists on one, and on its form
+            "HTTP_CONNECTION": "Upgrade",
+            "HTTP_UPGRADE": "websocket",
+            "HTTP_SEC_WEBSOCKET_VERSION": "13",
+            "HTTP_SEC_WEBSOCKET_KEY": request.headers["Sec-WebSocket-Key"],
+        }  # and no extensions: compressed frames can't be shared
+        if "bearer" in subprotocols(request):
+            environ["HTTP_SEC_WEBSOCKET_PROTOCOL"] = "bearer"
+        try:
+            websocket = simple_websocket.Server(
+                environ,
+                subprotocols=["bearer"],
+                ping_interval=self._options.ping,
+                max_message_size=MAX_MESSAGE,
+                thread_class=InThisThread,
+                selector_class=selectors.PollSelector,  # epoll costs a descriptor
+            )
+            websocket.input_buffer = Discard()
+            websocket.thread.run()
+        except Exception:
+            log.exception("closed %s: its reader failed", subscriber.name)
+            subscriber.close_with(INTERNAL_ERROR, "an internal error")
+        self._subscriptions.leave(subscriber)
+        subscriber.finish()
+
+
+def check_upgrade(request: Request) -> None:
+    """Raises a refusal for what is no websocket handshake (RFC 6455, section 4.2.1)."""
+    headers = request.headers
+    connection = [t.strip().lower() for t in headers.get("Connection", "").split(",")]
+    if headers.get("Upgrade", "").lower() != "websocket" or "upgrade" not in connection:
+        url = f"ws://{headers.get('Host', '<host>')}{request.path}"
+        sentence = f"this is a websocket: in a browser, new WebSocket({url!r})"
+        raise refusal(426, sentence, Upgrade="websocket", Connection="Upgrade")
+    if headers.get("Sec-WebSocket-Version") != "13":
+        raise refusal(400, "only version 13 is spoken", Sec_WebSocket_Version="13")
+    try:
+        key = base64.b64decode(headers.get("Sec-WebSocket-Key", ""), validate=True)
+    except ValueError:
+        key = b""
+    if len(key) != 16:
+        raise refusal(400, "the Sec-WebSocket-Key is malformed")
+
+
+def subprotocols(request: Request) -> list[str]:
+    header = request.headers.get("Sec-WebSocket-Protocol", "")
+    return [protocol.strip() for protocol in header.split(",")]
+
+
+def bearer_token(request: Request) -> str | None:
+    """From the header, from the subprotocol pair "bearer, <token>", or from ?token=."""
+    if request.authorization and request.authorization.type == "bearer":
+        return request.authorization.token
+    offered = subprotocols(request)
+    if offered[0] == "bearer" and len(offered) == 2:
+        return offered[1]
+    return request.args.get("token")
+
+
+def host_of(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+class Handler(WSGIRequestHandler):
+    """One connection, with one request."""
+
+    timeout = HANDSHAKE_TIMEOUT  # of each read; a deadline bounds them all
+    disable_nagle_algorithm = True  # which holds small frames back for 40 ms
+    rbufsize = 1024  # bytes, as long as the websocket lives
+
+    def run_wsgi(self) -> None:
+        try:
+            super().run_wsgi()
+        except ValueError:  # a URL that can't be taken apart
+            self.send_error(400)
+
+    def connection_dropped(self, error: BaseException, environ: Any = None) -> None:
+        self.close_connection = True  # a websocket's bytes are no further request
+
+    def version_string(self) -> str:
+        return "pgpubsub"
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        """Requests are not logged: query strings hold tokens."""
+
+
+class Server(ThreadedWSGIServer):
+    """Accepts connections up to a limit, and enforces their deadlines."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        application: Application,
+        deadlines: Deadlines,
+        maximum: int,
+    ) -> None:
+        host, port = listening.getsockname()[:2]
+        super().__init__(host, port, application, Handler, fd=listening.fileno())
+        listening.close()  # werkzeug has duplicated it
+        self._deadlines = deadlines
+        self._maximum = maximum
+        self._connections: set[Any] = set()  # its methods are atomic
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return len(self._connections) < self._maximum
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        self._deadlines[request] = time.monotonic() + HANDSHAKE_TIMEOUT
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._deadlines.pop(request, None)
+        self._connections.discard(request)
+
+    def service_actions(self) -> None:
+        self._deadlines.enforce()  # called twice a second, and after each accept
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("the request from %s failed", client_address[0])
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        log.error(message, *args)
+
+
+# --------------------------------------------------------------------------------------
+# Life cycle. The signals are blocked before the first thread starts, and taken with
+# sigwait: a handler may run in the middle of a wait and fail to wake it.
+# --------------------------------------------------------------------------------------
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A listening socket; no host is all interfaces. Raises StartupError."""
+    try:
+        if host or not socket.has_dualstack_ipv6():
+            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+            family, address = found[0][0], found[0][4][:2]
+            sock = socket.create_server(address, family=family)
+        else:
+            family = socket.AF_INET6
+            sock = socket.create_server(("", port), family=family, dualstack_ipv6=True)
+    except (OSError, UnicodeError) as error:
+        where = f"{host or 'all interfaces'} port {port}"
+        raise StartupError(f"cannot listen on {where}: {one_line(error)}") from None
+    sock.setsockopt(
+        socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER
+    )  # for accepted ones
+    sock.listen(ACCEPT_BACKLOG)
+    return sock
+
+
+def raise_descriptor_limit(maximum: int) -> int:
+    """Makes room for -max connections; returns how many there is room for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    room = maximum if hard == resource.RLIM_INFINITY else max(1, hard - 2 * SPARE)
+    if room < maximum:
+        log.warning("the limit of %d open files lowers -max to %d", hard, room)
+    return min(room, maximum)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serves until a signal comes. Raises StartupError."""
+    parameters = connection_parameters(options.conn)
+    maximum = raise_descriptor_limit(options.max)
+    subscriptions = Subscriptions(options.chan, options.id, maximum)
+    deadlines = Deadlines()
+    listener = Listener(parameters, subscriptions)
+    listening = open_port(options.host, options.port)
+    try:
+        access = Access(Pool(parameters), options.auth) if options.auth else None
+        application = Application(options, subscriptions, access, deadlines)
+        server = Server(listening, application, deadlines, maximum + SPARE)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        listener.start()
+    except psycopg2.Error as error:
+        raise StartupError(f"cannot use the database: {one_line(error)}") from None
+    threading.Thread(target=server.serve_forever, name="HTTP", daemon=True).start()
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    channels = ", ".join(options.chan)
+    log.info("serving %s on http://%s:%d", channels, host, server.port)
+    signal.sigwait(STOP_SIGNALS)
+    log.info("stopping")
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # the next one ends the process at once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    server.shutdown()  # 1. accept no more
+    listener.stop()  # 2. publish what has arrived
+    subscriptions.stop()  # 3. send what is queued, and say goodbye
+    log.info("stopped")
+
+
+# --------------------------------------------------------------------------------------
+# Command line: Go's style, as in the program that this one replaces. Each default can
+# come from the environment: for systemd's EnvironmentFile, and for passwords.
+# --------------------------------------------------------------------------------------
+
+
+class CommandLine(argparse.ArgumentParser):
+    def flag(self, name: str, default: object, help: str, type: Any = str) -> None:
+        """Adds -name and --name, whose default PGPUBSUB_NAME can give."""
+        default = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
+        self.add_argument(
+            f"-{name}", f"--{name}", default=default, help=help, type=type
+        )
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"pgpubsub: {message}; -help lists the flags\n")  # in one line
+
+
+def channel_list(text: str) -> list[str]:
+    channels = [channel.strip() for channel in text.split(",")]
+    for channel in channels:
+        if not is_channel(channel):
+            wanted = f"a channel's name has 1 to {MAX_CHANNEL} bytes"
+            raise argparse.ArgumentTypeError(f"{wanted}, which {channel!r} has not")
+    return list(dict.fromkeys(channels))
+
+
+def origin_list(text: str) -> list[str]:
+    return [origin.strip().rstrip("/").lower() for origin in text.split(",")]
+
+
+def number(kind: Callable[[str], Any], least: float, most: float) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            if least <= (value := kind(text)) <= most:
+                return value
+        except ValueError:
+            pass
+        wanted = f"a number from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = CommandLine(
+        "pgpubsub",
+        description="Forwards PostgreSQL notifications to websockets.",
+        epilog="PGPUBSUB_CHAN, PGPUBSUB_CONN, ... in the environment give defaults.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    flag = parser.flag
+    flag(
+        "chan", None, "channels, comma-separated; * and ? make a pattern", channel_list
+    )
+    flag(
+        "conn",
+        "postgresql://postgres@localhost:5432",
+        "the database's connection string",
+    )
+    flag("port", "80", "port to serve on; 0 picks a free one", number(int, 0, 65535))
+    flag("host", "", "address to serve on (default: all, IPv4 and IPv6)")
+    flag("origin", "", "web origins that may also connect; * is any", origin_list)
+    flag("id", "id", "JSON attribute of a payload that names the client it is for")
+    flag("auth", "", "SQL function (token text, channel text, id text) returns boolean")
+    flag("backlog", "16777216", "bytes that may wait for one", number(int, 1, 1 << 40))
+    flag("ping", "25", "seconds between pings", number(float, 0.1, 86400))
+    flag("max", "10000", "connections held at once", number(int, 1, 1 << 20))
+    version = f"pgpubsub {__version__}"
+    parser.add_argument("-version", "--version", action="version", version=version)
+    parser.add_argument("-help", "--help", "-h", action="help", help="show this")
+    options = parser.parse_args(arguments)
+    if not options.chan:
+        parser.error("-chan is required, such as -chan foo,bar")
+    return options
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="INFO")
+    try:
+        run(options)
+    except StartupError as error:
+        print(f"pgpubsub: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while the database was being reached
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
