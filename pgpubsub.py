@@ -90,12 +90,16 @@ SEND_BUFFER = 1 << 17  # bytes, which the kernel doubles: it would hide megabyte
 ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming back
 SPARE = 64  # connections past -max (to say 503, /metrics), and other descriptors
 POOL_SIZE = 4  # connections for the questions of requests
+PAGE_ROWS, PAGE_BYTES = 1000, 1 << 20  # what is read from the log at once, at the most
+PAGE_SPAN = 100_000  # seqs looked at for a page, so that each query is a short one
+
+DOORBELL = "pgpubsub"  # the channel on which schema/pgpubsub.sql says: read the log
 
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
 # Close codes, RFC 6455, section 7.4.1; 1012 and 1013 are in IANA's registry.
-NORMAL, GOING_AWAY, ABNORMAL, POLICY_VIOLATION = 1000, 1001, 1006, 1008
+GOING_AWAY, ABNORMAL, POLICY_VIOLATION = 1001, 1006, 1008
 INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1011, 1012, 1013
-UNREMARKABLE = {NORMAL, GOING_AWAY, 1005, ABNORMAL, SERVICE_RESTART}  # not logged
+FOR_CAUSE = {1002, 1007, POLICY_VIOLATION, 1009, TRY_AGAIN_LATER}  # these are logged
 
 
 class StartupError(Exception):
@@ -126,7 +130,7 @@ def frame(opcode: int, payload: bytes) -> bytes:
 
 @dataclass(slots=True)
 class Notification:
-    """What one NOTIFY said."""
+    """What one NOTIFY, or one row of the log, says."""
 
     channel: str
     payload: str
@@ -178,7 +182,8 @@ class Subscription(NamedTuple):
     """What a request asks for."""
 
     channels: frozenset[str]
-    id: str | None  # only what is for this client or for everybody; None: all
+    id: str | None = None  # only what is for this client or for everybody; None: all
+    log: bool = False  # follows the log, and nothing else
 
 
 class Deadlines(dict[socket.socket, float]):
@@ -254,8 +259,17 @@ class Subscriber:
                 while self._queue and isinstance(self._queue[-1], bytes):
                     self._waiting -= len(self._queue.pop())
         self.put(frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]), code)
-        if code not in UNREMARKABLE:
+        if code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
+
+    def put_and_wait(self, data: bytes) -> None:
+        """Returns when the socket has taken all, or the websocket has ended."""
+        self._sending.acquire()
+        with self._lock:
+            if self.code is None:
+                self._queue.append(data)
+                self._waiting += len(data)
+        self._write()
 
     def _end(self, code: int) -> None:
         """The lock is held."""
@@ -325,7 +339,7 @@ class Subscriber:
             self.open(data)
         elif data[0] == 0x80 | CLOSE:
             code = int.from_bytes(data[2:4], "big")
-            if code not in UNREMARKABLE and self.code is None:
+            if code in FOR_CAUSE and self.code is None:
                 log.info("closed %s: %d %s", self.name, code, data[4:].decode())
             self.put(data, code)
         else:
@@ -395,11 +409,11 @@ class Discard(list[object]):
 
 
 class Feed:
-    """The subscribers to one set of channels, by the id that they asked for."""
+    """The subscribers to the same channels, by the id that they asked for."""
 
-    def __init__(self, channels: frozenset[str]) -> None:
-        self.channels = channels
-        self.bare = len(channels) == 1
+    def __init__(self, channels: frozenset[str], log: bool) -> None:
+        self.log = log
+        self.bare = len(channels) == 1 and not log
         self.by_id: dict[str | None, set[Subscriber]] = {}
 
     def needs_ids(self) -> bool:
@@ -434,13 +448,17 @@ class Subscriptions:
         self._changed = threading.Condition(threading.Lock())
         self._up = False  # the listener is connected
         self._listening: set[str] = set()  # channels that the database is sending
-        self._feeds: dict[frozenset[str], Feed] = {}
+        self.position: int | None = (
+            None  # the last seq published; None: there is no log
+        )
+        self._feeds: dict[tuple[frozenset[str], bool], Feed] = {}
         self._by_channel: dict[str, set[Feed]] = {}
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
 
     def serves(self, channel: str) -> bool:
         return channel in self.exact or (
-            is_channel(channel)
+            channel != DOORBELL
+            and is_channel(channel)
             and any(fnmatch.fnmatchcase(channel, pattern) for pattern in self._patterns)
         )
 
@@ -448,10 +466,12 @@ class Subscriptions:
 
     def add(self, subscriber: Subscriber) -> None:
         """Returns when the database is sending what is asked for, else raises a 503."""
-        channels = subscriber.subscription.channels
+        channels, _, log = subscriber.subscription
         with self._changed:
             self._admit(channels)
             self._subscribers.add(subscriber)
+            if log:
+                return  # it joins when it has caught up
             self._join(subscriber)
             if channels <= self._listening:
                 return
@@ -471,32 +491,53 @@ class Subscriptions:
         if len(self._by_channel.keys() | channels) > len(self.exact) + MAX_ON_DEMAND:
             raise refusal(503, "too many channels", Retry_After="5")
 
+    def join_log(self, subscriber: Subscriber, position: int) -> bool:
+        """Joins one that has read the log up to a seq, if that is all there is.
+
+        As publish() moves on under the same lock, there is no seam. A subscriber that
+        is ahead of what is published waits; one that has ended need not come back.
+        """
+
+        def may_join() -> bool:
+            published = self.position is None or self.position >= position
+            return published or subscriber.code is not None
+
+        with self._changed:
+            self._changed.wait_for(may_join, HEARTBEAT)
+            if subscriber.code is None and self.position == position:
+                self._join(subscriber)
+                return True
+            return subscriber.code is not None
+
     def _join(self, subscriber: Subscriber) -> None:
-        channels, client_id = subscriber.subscription
-        if channels not in self._feeds:
-            feed = self._feeds[channels] = Feed(channels)
+        channels, client_id, log = subscriber.subscription
+        if (channels, log) not in self._feeds:
+            feed = self._feeds[channels, log] = Feed(channels, log)
             for channel in channels:
                 self._by_channel.setdefault(channel, set()).add(feed)
-        self._feeds[channels].by_id.setdefault(client_id, set()).add(subscriber)
+        self._feeds[channels, log].by_id.setdefault(client_id, set()).add(subscriber)
 
     def leave(self, subscriber: Subscriber) -> None:
         """No more notifications for it. Harmless when it has left already."""
-        channels, client_id = subscriber.subscription
+        channels, client_id, log = subscriber.subscription
         with self._changed:
-            feed = self._feeds.get(channels)
+            feed = self._feeds.get((channels, log))
             if feed is None or subscriber not in feed.by_id.get(client_id, ()):
                 return
             feed.by_id[client_id].remove(subscriber)
             if not feed.by_id[client_id]:
                 del feed.by_id[client_id]
             if not feed.by_id:
-                del self._feeds[channels]
-                for channel in channels:
-                    self._by_channel[channel].remove(feed)
-                    if not self._by_channel[channel]:
-                        del self._by_channel[channel]
+                self._dissolve(channels, log)
         if not channels <= self.exact:
             self.wake_listener()
+
+    def _dissolve(self, channels: frozenset[str], log: bool) -> None:
+        feed = self._feeds.pop((channels, log))
+        for channel in channels:
+            self._by_channel[channel].remove(feed)
+            if not self._by_channel[channel]:
+                del self._by_channel[channel]
 
     def gone(self, subscriber: Subscriber) -> None:
         with self._changed:
@@ -505,16 +546,21 @@ class Subscriptions:
 
     # What the listener uses.
 
-    def publish(self, batch: Iterable[Notification]) -> None:
+    def publish(self, batch: list[Notification]) -> None:
         """Hands a batch, in commit order, to everybody who wants some of it."""
         wanted: dict[Feed, list[Notification]] = {}
         with self._changed:
             for notification in batch:
+                plain = notification.seq is None
                 feeds = self._by_channel.get(notification.channel, ())
-                if any(feed.needs_ids() for feed in feeds):
+                if plain and any(feed.needs_ids() for feed in feeds):
                     notification.id = addressee(notification.payload, self._attribute)
                 for feed in feeds:
-                    wanted.setdefault(feed, []).append(notification)
+                    if not (plain and feed.log):
+                        wanted.setdefault(feed, []).append(notification)
+            if batch[-1].seq is not None:
+                self.position = batch[-1].seq
+                self._changed.notify_all()
             shares = [share for feed in wanted for share in feed.share(wanted[feed])]
         for data, subscribers in shares:
             for subscriber in subscribers:
@@ -540,28 +586,40 @@ class Subscriptions:
             self._changed.notify_all()
 
     def lose(self, code: int) -> int:
-        """The database is gone: closes who can't be complete, and returns how many."""
+        """The database is gone: closes who can't be complete, and returns how many.
+
+        Who follows the log stays, as the listener will read on where it was.
+        """
         with self._changed:
             self._up = False
-            for registry in (self._listening, self._feeds, self._by_channel):
-                registry.clear()
+            self._listening.clear()
+            for channels, log in [key for key in self._feeds if not key[1]]:
+                self._dissolve(channels, log)
             self._changed.notify_all()
-        return self._close_all(code, "the database connection was lost")
+        return self._close(code, "the database connection was lost", log=False)
+
+    def start_log(self, position: int | None) -> None:
+        """The log is at this seq now, and who was at another one can't go on."""
+        with self._changed:
+            self.position = position
+        self._close(SERVICE_RESTART, "the log went backwards", log=True)
+
+    def _close(self, code: int, reason: str, log: bool | None = None) -> int:
+        with self._changed:
+            leaving = [
+                s for s in self._subscribers if log in (None, s.subscription.log)
+            ]
+        for subscriber in leaving:
+            subscriber.close_with(code, reason)
+        return len(leaving)
 
     # What the main thread uses.
-
-    def _close_all(self, code: int, reason: str) -> int:
-        with self._changed:
-            subscribers = list(self._subscribers)
-        for subscriber in subscribers:
-            subscriber.close_with(code, reason)
-        return len(subscribers)
 
     def stop(self) -> None:
         """Says goodbye to all, waits until they are gone, and cuts off who is not."""
         with self._changed:
             self._up = False
-        self._close_all(GOING_AWAY, "the server is stopping")
+        self._close(GOING_AWAY, "the server is stopping")
         with self._changed:
             self._changed.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT)
             late = list(self._subscribers)
@@ -693,6 +751,7 @@ class Listener:
         self._cursor = self._connection.cursor()
         self._next_heartbeat = 0.0
         self._beat()
+        self._resume_log()
         self._synchronise()
         info = self._connection.info
         where = f"{info.host} port {info.port}"
@@ -756,6 +815,31 @@ class Listener:
             batch = [Notification(n.channel, n.payload) for n in notifies]
             notifies.clear()
             self._subscriptions.publish(batch)
+            if any(notification.channel == DOORBELL for notification in batch):
+                self._read_log()
+
+    def _ask(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+        self._cursor.execute(query, values)
+        return self._cursor.fetchall()
+
+    def _resume_log(self) -> None:
+        """Goes on from the last seq that was published, if there is a log with it."""
+        if not self._ask(HAS_LOG):
+            return self._subscriptions.start_log(None)
+        self._cursor.execute(f"LISTEN {DOORBELL}")
+        ((pruned, newest),) = self._ask(BOUNDS)
+        position = self._subscriptions.position
+        if position is None or not pruned <= position <= newest:
+            return self._subscriptions.start_log(newest)
+        self._read_log()
+
+    def _read_log(self) -> None:
+        """Publishes what is new in the log."""
+        while (position := self._subscriptions.position) is not None:
+            page = read_log(self._ask, position)
+            if not page:
+                return
+            self._subscriptions.publish(page)
 
     def _reconnect(self, code: int, reason: str) -> None:
         """Tries for ever, or until the server stops."""
@@ -772,6 +856,38 @@ class Listener:
                 delay = min(2 * delay, MAX_RETRY_DELAY)
 
 
+# The log of schema/pgpubsub.sql. A page of it ends before it has too many bytes, but
+# has one row at least. (octet_length() does not read a long payload.)
+HAS_LOG = """
+    select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where nspname = 'pgpubsub' and relname = 'notification'"""
+BOUNDS = "select pruned, newest from pgpubsub.bounds"
+PAGE = f"""
+    select channel, payload, id, seq from (
+        select *, sum(octet_length(payload)) over (order by seq) - octet_length(payload)
+            as bytes_before
+        from (
+            select * from pgpubsub.notification
+            where seq > %s and seq <= %s and (%s or channel = any(%s))
+                and (%s or id is null or id = %s)
+            order by seq limit {PAGE_ROWS}
+        ) rows
+    ) page where bytes_before < {PAGE_BYTES} order by seq"""
+
+
+def read_log(
+    ask: Callable[[str, Sequence[object]], list[Any]],
+    after: int,
+    upto: int = (1 << 63) - 1,
+    channels: Iterable[str] | None = None,
+    client_id: str | None = None,
+) -> list[Notification]:
+    """The next page of the log: in seq order, for these channels, for this client."""
+    every = channels is None
+    values = [after, upto, every, list(channels or ()), client_id is None, client_id]
+    return [Notification(*row) for row in ask(PAGE, values)]
+
+
 class Pool:
     """A few connections, for the questions that requests have."""
 
@@ -780,7 +896,9 @@ class Pool:
         self._slots = threading.BoundedSemaphore(POOL_SIZE)
         self._idle: deque[psycopg2.extensions.connection] = deque()  # thread-safe
 
-    def query(self, query: str | sql.Composable, values: Sequence[object]) -> list[Any]:
+    def query(
+        self, query: str | sql.Composable, values: Sequence[object] = ()
+    ) -> list[Any]:
         """The rows. Raises psycopg2.Error, also when all connections stay busy."""
         if not self._slots.acquire(timeout=DATABASE_TIMEOUT):
             raise NoAnswer("all connections to the database are busy")
@@ -835,7 +953,7 @@ class Access:
 
     def check(self, token: str | None, subscription: Subscription) -> None:
         """Raises a refusal unless the function says true for each of the channels."""
-        channels, client_id = subscription
+        channels, client_id, _ = subscription
         if not token:
             raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
         try:
@@ -863,11 +981,13 @@ class Application:
         self,
         options: argparse.Namespace,
         subscriptions: Subscriptions,
+        pool: Pool,
         access: Access | None,
         deadlines: Deadlines,
     ) -> None:
         self._options = options
         self._subscriptions = subscriptions
+        self._pool = pool
         self._access = access
         self._deadlines = deadlines
 
@@ -890,7 +1010,8 @@ class Application:
         self._check_origin(request)
         if self._access:
             self._access.check(bearer_token(request), subscription)
-        self._serve(request, subscription)
+        position = self._position(request.args["since"]) if subscription.log else 0
+        self._serve(request, subscription, position)
         raise ConnectionError  # so that werkzeug writes nothing after a websocket
 
     def _subscription(self, request: Request) -> Subscription:
@@ -902,7 +1023,30 @@ class Application:
         for channel in channels:
             if not self._subscriptions.serves(channel):
                 raise refusal(404, f"channel {channel!r} is not served here")
-        return Subscription(channels, request.args.get("id"))
+        return Subscription(channels, request.args.get("id"), "since" in request.args)
+
+    def _position(self, since: str) -> int:
+        """The seq after which a subscription starts, if the log has all that follows."""
+        if since != "now" and not re.fullmatch("[0-9]{1,18}", since):
+            raise refusal(400, "since must be a seq, or now")
+        if self._subscriptions.position is None:
+            raise refusal(
+                501, "there is no log in this database: see schema/pgpubsub.sql"
+            )
+        try:
+            ((pruned, newest),) = self._pool.query(BOUNDS)
+        except psycopg2.Error as error:
+            log.error("the log can't be read: %s", one_line(error))
+            raise refusal(503, "the log can't be read now", Retry_After="5") from None
+        if since in ("0", "now"):
+            return int(pruned if since == "0" else newest)
+        if int(since) < pruned:
+            raise refusal(
+                410, f"the log has been pruned up to {pruned}: fetch the state"
+            )
+        if int(since) > newest:
+            raise refusal(400, f"the log ends at {newest}: it is not the one you saw")
+        return int(since)
 
     def _check_origin(self, request: Request) -> None:
         """Browsers name the site that a page is from; other programs name none."""
@@ -913,7 +1057,9 @@ class Application:
         if host is None or host_of(origin) != host:
             raise refusal(403, "this origin may not connect: see the flag -origin")
 
-    def _serve(self, request: Request, subscription: Subscription) -> None:
+    def _serve(
+        self, request: Request, subscription: Subscription, position: int
+    ) -> None:
         environ = request.environ
         subscriber = Subscriber(
             environ["werkzeug.socket"],
@@ -924,12 +1070,14 @@ class Application:
         )
         try:
             self._subscriptions.add(subscriber)
-            self._converse(subscriber, request)
+            self._converse(subscriber, request, position)
         finally:
             self._subscriptions.leave(subscriber)
             self._subscriptions.gone(subscriber)
 
-    def _converse(self, subscriber: Subscriber, request: Request) -> None:
+    def _converse(
+        self, subscriber: Subscriber, request: Request, position: int
+    ) -> None:
         """The websocket's whole life, from the 101 on."""
         environ = {
             "werkzeug.socket": subscriber,
@@ -951,12 +1099,39 @@ class Application:
                 selector_class=selectors.PollSelector,  # epoll costs a descriptor
             )
             websocket.input_buffer = Discard()
+            if subscriber.subscription.log:
+                start_new_thread(self._replay, (subscriber, position))
             websocket.thread.run()
         except Exception:
             log.exception("closed %s: its reader failed", subscriber.name)
             subscriber.close_with(INTERNAL_ERROR, "an internal error")
         self._subscriptions.leave(subscriber)
         subscriber.finish()
+
+    def _replay(self, subscriber: Subscriber, position: int) -> None:
+        """The writer's first task for one that follows the log: until it is up to date.
+
+        It waits for the client after each page, and so does the client's backlog.
+        """
+        channels, client_id, _ = subscriber.subscription
+        ask = self._pool.query
+        while not self._subscriptions.join_log(subscriber, position):
+            upto = position + PAGE_SPAN
+            published = self._subscriptions.position or 0
+            try:
+                page = read_log(ask, position, upto, channels, client_id)
+                ((pruned, _),) = ask(BOUNDS)
+            except psycopg2.Error as error:
+                log.warning("the log can't be read now: %s", one_line(error))
+                time.sleep(random.uniform(0.5, 1))  # the database may be starting
+                continue
+            if pruned > position:
+                return subscriber.close_with(SERVICE_RESTART, "the log was pruned")
+            if page:
+                subscriber.put_and_wait(b"".join([n.frame(bare=False) for n in page]))
+                position = page[-1].seq or 0
+            else:
+                position = max(position, min(upto, published))
 
 
 def check_upgrade(request: Request) -> None:
@@ -1109,8 +1284,9 @@ def run(options: argparse.Namespace) -> None:
     listener = Listener(parameters, subscriptions)
     listening = open_port(options.host, options.port)
     try:
-        access = Access(Pool(parameters), options.auth) if options.auth else None
-        application = Application(options, subscriptions, access, deadlines)
+        pool = Pool(parameters)
+        access = Access(pool, options.auth) if options.auth else None
+        application = Application(options, subscriptions, pool, access, deadlines)
         server = Server(listening, application, deadlines, maximum + SPARE)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         listener.start()
