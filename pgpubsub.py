@@ -14,7 +14,7 @@ The server LISTENs on the channels of -chan and publishes each notification to t
 websockets on /subscribe/<channel>. The promise: an open subscription is complete.
 From the moment a client sees its websocket open, every notification that commits on
 its channels reaches it, once, in commit order. When that can't be kept, the websocket
-is closed with a code that says why; it never skips silently.
+is closed with a code that says why; nothing is ever skipped silently.
 
 Threads, and what each may touch:
 
@@ -54,7 +54,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,18 +68,16 @@ from psycopg2 import sql
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.wrappers import Request, Response
+from wsproto.events import BytesMessage, TextMessage
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 __version__ = "1.0.0"
-
 log = logging.getLogger("pgpubsub")
 
-# --------------------------------------------------------------------------------------
-# Limits, each with its unit and its reason. What an operator may want to change is a
-# flag instead: see the end of the file.
-# --------------------------------------------------------------------------------------
+# ---- Limits --------------------------------------------------------------------------
+# Each has its unit and its reason. What an operator may want to change is a flag.
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a whole request: a drip holds no thread
 CLOSE_TIMEOUT = 5.0  # seconds from a close frame to the end of the socket
@@ -99,12 +98,10 @@ PAGE_ROWS, PAGE_BYTES = 1000, 1 << 20  # what is read from the log at once, at t
 PAGE_SPAN = 100_000  # seqs looked at for a page, so that each query is a short one
 
 DOORBELL = "pgpubsub"  # the channel on which schema/pgpubsub.sql says: read the log
-
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
 # Close codes, RFC 6455, section 7.4.1; 1012 and 1013 are in IANA's registry.
-GOING_AWAY, ABNORMAL, POLICY_VIOLATION = 1001, 1006, 1008
-INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1011, 1012, 1013
-CLOSE_CODES = {*range(1000, 1004), *range(1005, 1015)}
+GOING_AWAY, ABNORMAL, POLICY_VIOLATION, INTERNAL_ERROR = 1001, 1006, 1008, 1011
+SERVICE_RESTART, TRY_AGAIN_LATER = 1012, 1013
 FOR_CAUSE = {1002, 1007, POLICY_VIOLATION, 1009, TRY_AGAIN_LATER}  # these are logged
 
 
@@ -118,10 +115,9 @@ def refusal(status: int, sentence: str, **headers: str) -> HTTPException:
     return HTTPException(response=Response(sentence + "\n", status, named))
 
 
-# --------------------------------------------------------------------------------------
-# Notifications and frames. A notification is encoded once, here: a server's frames are
-# not masked, so all its subscribers get the same bytes.
-# --------------------------------------------------------------------------------------
+# ---- Notifications and frames --------------------------------------------------------
+# A notification is encoded once, here: a server's frames are not masked, so all the
+# subscribers get the same bytes.
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
@@ -166,22 +162,22 @@ def addressee(payload: str, attribute: str) -> str | None:
     if not payload.lstrip(" \t\r\n").startswith("{"):
         return None
     try:
-        value = json.loads(
+        fields = json.loads(
             payload, parse_int=str, parse_float=str, parse_constant=refuse
-        ).get(attribute)
+        )
     except ValueError:
         return None
     except RecursionError:
         return "\0"
+    value = fields.get(attribute)
     return value if isinstance(value, str) else None
 
 
-# --------------------------------------------------------------------------------------
-# One websocket. Every byte to a client goes through its queue, so no frame is torn. When
-# nothing waits, put() offers the bytes to the socket without blocking; what the kernel
-# does not take waits, as references to bytes that all subscribers share, and a writer
-# thread lives for as long as something waits. So a slow client costs only itself.
-# --------------------------------------------------------------------------------------
+# ---- One websocket -------------------------------------------------------------------
+# Every byte to a client goes through its queue, so no frame is torn. When nothing waits,
+# put() offers the bytes to the socket without blocking. What the kernel does not take
+# waits, as references to bytes that all subscribers share, and a writer thread lives for
+# as long as something waits. So a slow client costs only itself.
 
 
 class Subscription(NamedTuple):
@@ -192,31 +188,26 @@ class Subscription(NamedTuple):
     log: bool = False  # follows the log, and nothing else
 
 
-class Deadlines(dict[socket.socket, float]):
-    """When sockets must be done, in time.monotonic(). Methods of dict are atomic."""
-
-    def enforce(self) -> None:
-        """Ends the sockets that are late, which wakes whoever waits for them."""
-        now = time.monotonic()
-        for sock, deadline in list(self.items()):
-            if deadline <= now:
-                end_socket(sock)
-
-
 def end_socket(sock: socket.socket) -> None:
+    """Wakes whoever waits for the socket."""
     with suppress(OSError):  # somebody was faster
         sock.shutdown(socket.SHUT_RDWR)
+
+
+class Deadlines(dict[socket.socket, float]):
+    """When sockets must be done, in time.monotonic(). A dict's methods are atomic."""
+
+    def enforce(self) -> None:
+        now = time.monotonic()
+        for sock in [sock for sock, deadline in list(self.items()) if deadline <= now]:
+            end_socket(sock)
 
 
 class Subscriber:
     """One websocket: a queue for publishers, a socket for simple-websocket."""
 
     def __init__(
-        self,
-        environ: dict[str, Any],
-        wanted: Subscription,
-        backlog: int,
-        deadlines: Deadlines,
+        self, environ: Any, wanted: Subscription, backlog: int, deadlines: Deadlines
     ) -> None:
         self.name = f"{environ['REMOTE_ADDR']} port {environ['REMOTE_PORT']}"
         self.wanted = wanted
@@ -237,8 +228,7 @@ class Subscriber:
     def put(self, data: bytes, code: int | None = None) -> None:
         """Sends whole frames as soon as the socket takes them. Never blocks.
 
-        With a code it is the last one: a close frame, after which the socket has its
-        time to end.
+        With a code it is a close frame, the last, and the socket's time is limited.
         """
         with self._lock:
             if not self._enqueue(data, code):
@@ -312,8 +302,8 @@ class Subscriber:
         """_sending is held, too, and becomes the writer's."""
         try:
             start_new_thread(self._write, ())
-        except RuntimeError:  # no more threads to be had
-            log.error("closed %s: no thread to be had for its backlog", self.name)
+        except RuntimeError:
+            log.error("closed %s: no thread is to be had for a writer", self.name)
             self._abandon()
             self._sending.release()
             end_socket(self._sock)
@@ -329,7 +319,7 @@ class Subscriber:
                 if not self._queue:
                     return self._sending.release()
 
-    # What simple-websocket takes for a socket. Its reader is the request's thread.
+    # What simple-websocket takes for a socket; its reader is the request's thread.
 
     def send(self, data: bytes) -> int:
         """Takes the 101, and later pongs, pings and close frames."""
@@ -387,29 +377,9 @@ class Subscriber:
         end_socket(self._sock)
 
 
-class InThisThread:
-    """What simple-websocket starts as its reader: the request's own thread runs it."""
-
-    name = ""
-
-    def __init__(self, target: Callable[[], None]) -> None:
-        self.run = target
-
-    def start(self) -> None:
-        pass
-
-
-class Discard(list[object]):
-    """simple-websocket's list of received messages, which nobody reads."""
-
-    def append(self, message: object) -> None:
-        pass
-
-
-# --------------------------------------------------------------------------------------
-# Who wants what. The subscribers to the same channels form a feed. All that one drain of
-# the database connection brought for a feed becomes one bytes object, which they share.
-# --------------------------------------------------------------------------------------
+# ---- Who wants what ------------------------------------------------------------------
+# The subscribers to the same channels form a feed. All that one drain of the database
+# connection brought for a feed becomes one bytes object, which they share.
 
 
 class Feed:
@@ -419,15 +389,15 @@ class Feed:
         self.channels = channels
         self.log = log
         self.bare = len(channels) == 1 and not log
-        self.by_id: dict[str | None, set[Subscriber]] = {}
+        self.by_id: dict[str | None, set[Subscriber]] = defaultdict(set)
 
     def needs_ids(self) -> bool:
         return not self.bare or len(self.by_id) > (None in self.by_id)
 
     def share(
         self, batch: list[Notification]
-    ) -> Iterator[tuple[bytes, int, list[Subscriber]]]:
-        """Which frames of a batch (joined, and how many) go to which subscribers."""
+    ) -> Iterator[tuple[bytes, int, list[Any]]]:
+        """Which frames of a batch, joined, and how many, go to which subscribers."""
         frames = [(n.id, n.frame(self.bare)) for n in batch]
         everybody = [data for to, data in frames if to is None]
         joined = b"".join(everybody)
@@ -446,8 +416,8 @@ class Subscriptions:
     """Who wants what, and which channels the database is sending for them."""
 
     def __init__(self, channels: Sequence[str], attribute: str, maximum: int) -> None:
-        self.served = channels  # names and patterns
-        self.exact = frozenset(c for c in channels if not is_pattern(c))
+        self._served = channels  # names and patterns
+        self.exact = frozenset(c for c in channels if not re.search("[*?]", c))
         self._attribute = attribute
         self._maximum = maximum
         self.wake_listener: Callable[[], None] = lambda: None
@@ -462,17 +432,23 @@ class Subscriptions:
         self._feeds: dict[tuple[frozenset[str], bool], Feed] = {}
         self._by_channel: dict[str, set[Feed]] = {}
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
-        self.queue_usage = 0.0  # the share of PostgreSQL's notification queue in use
-        self._counts: Counter[str] = Counter()  # of the metrics that only grow
+        self._queue_usage = 0.0  # share of PostgreSQL's notification queue
+        self._counts = Counter(
+            {RECONNECTS: -1}
+        )  # samples of the metrics that only grow
 
-    def label(self, channel: str) -> str | None:
+    def entry(self, channel: str) -> str | None:
         """The entry of -chan that serves a channel, or None."""
         if channel in self.exact:
             return channel
         if channel == DOORBELL or not is_channel(channel):
             return None
-        patterns = (c for c in self.served if is_pattern(c))
-        return next((p for p in patterns if matches(channel, p)), None)
+        patterns = {
+            c.replace("[", "[[]"): c for c in self._served if c not in self.exact
+        }
+        return next(
+            (c for p, c in patterns.items() if fnmatch.fnmatchcase(channel, p)), None
+        )
 
     # What requests use.
 
@@ -484,10 +460,8 @@ class Subscriptions:
                 raise refusal(503, "the database is away", Retry_After="1")
             if len(self._subscribers) >= self._maximum:
                 raise refusal(503, "too many connections", Retry_After="5")
-            if (
-                len(self._by_channel.keys() | channels)
-                > len(self.exact) + MAX_ON_DEMAND
-            ):
+            on_demand = (self._by_channel.keys() | channels) - self.exact
+            if len(on_demand) > MAX_ON_DEMAND and not channels <= self.exact:
                 raise refusal(503, "too many channels", Retry_After="5")
             self._subscribers.add(subscriber)
             if log:
@@ -511,8 +485,7 @@ class Subscriptions:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: subscriber.code is not None or (self.position or 0) >= position,
-                HEARTBEAT,
+                lambda: subscriber.code or (self.position or 0) >= position, HEARTBEAT
             )
             if subscriber.code is None and self.position == position:
                 self._join(subscriber)
@@ -522,16 +495,16 @@ class Subscriptions:
     def _join(self, subscriber: Subscriber) -> None:
         channels, client_id, log = subscriber.wanted
         feed = self._feeds.setdefault((channels, log), Feed(channels, log))
-        feed.by_id.setdefault(client_id, set()).add(subscriber)
+        feed.by_id[client_id].add(subscriber)
         for channel in channels:
             self._by_channel.setdefault(channel, set()).add(feed)
 
     def remove(self, subscriber: Subscriber) -> None:
         """Its socket has ended."""
         channels, client_id, log = subscriber.wanted
+        code = subscriber.code if subscriber.code in KNOWN_CODES else "other"
         with self._changed:
             self._subscribers.discard(subscriber)
-            code = subscriber.code if subscriber.code in CLOSE_CODES else "other"
             self._counts[sample("closed_total", "code", code)] += 1
             self._counts["pgpubsub_sent_bytes_total"] += subscriber.sent
             feed = self._feeds.get((channels, log))
@@ -556,7 +529,7 @@ class Subscriptions:
 
     def publish(self, batch: list[Notification]) -> None:
         """Hands a batch, in commit order, to everybody who wants some of it."""
-        wanted: dict[Feed, list[Notification]] = {}
+        wanted: dict[Feed, list[Notification]] = defaultdict(list)
         with self._changed:
             for notification in batch:
                 plain = notification.seq is None
@@ -565,18 +538,18 @@ class Subscriptions:
                     notification.id = addressee(notification.payload, self._attribute)
                 for feed in feeds:
                     if not (plain and feed.log):
-                        wanted.setdefault(feed, []).append(notification)
+                        wanted[feed].append(notification)
             if batch[-1].seq is not None:
                 self.position = batch[-1].seq
                 self._changed.notify_all()
             shares = [share for feed in wanted for share in feed.share(wanted[feed])]
-            for channel, count in Counter([n.channel for n in batch]).items():
-                if label := self.label(channel):
-                    self._counts[sample("notifications_total", "channel", label)] += (
-                        count
-                    )
             delivered = sum(count * len(to) for _, count, to in shares)
             self._counts["pgpubsub_deliveries_total"] += delivered
+            for channel, count in Counter([n.channel for n in batch]).items():
+                if entry := self.entry(channel):
+                    self._counts[sample("notifications_total", "channel", entry)] += (
+                        count
+                    )
         for data, _, subscribers in shares:
             for subscriber in subscribers:
                 subscriber.put(data)
@@ -597,12 +570,15 @@ class Subscriptions:
         """The database is sending these from now on."""
         with self._changed:
             self._listening |= channels
+            self._counts[RECONNECTS] += not self.up
             self.up = True
             self._changed.notify_all()
 
-    def reconnected(self) -> None:
+    def beat(self, queue_usage: float) -> str:
+        """Takes what the heartbeat brought; returns the server's state in words."""
         with self._changed:
-            self._counts["pgpubsub_database_reconnects_total"] += 1
+            self._queue_usage = queue_usage
+            return f"{len(self._subscribers)} subscribers; listening: {self.up}"
 
     def lose(self, code: int) -> int:
         """The database is gone: closes who can't be complete, and returns how many.
@@ -636,26 +612,21 @@ class Subscriptions:
         """In Prometheus' text format; no label is of a client's making."""
         with self._changed:
             samples: dict[str, float] = defaultdict(float, self._counts)
-            samples["pgpubsub_listening"] = self.up
-            samples["pg_notification_queue_usage"] = self.queue_usage
-            labels = [sample("subscribers", "channel", entry) for entry in self.served]
-            samples.update(dict.fromkeys(labels, 0))
+            samples["pgpubsub_listening"] = int(self.up)
+            samples["pg_notification_queue_usage"] = self._queue_usage
+            for entry in self._served:
+                samples[sample("subscribers", "channel", entry)] = 0
             for subscriber in self._subscribers:
                 samples["pgpubsub_sent_bytes_total"] += subscriber.sent
                 samples["pgpubsub_backlog_bytes"] += subscriber.waiting
-                for entry in map(self.label, subscriber.wanted.channels):
-                    samples[sample("subscribers", "channel", entry)] += 1
+                for channel in subscriber.wanted.channels:
+                    samples[sample("subscribers", "channel", self.entry(channel))] += 1
         lines = []
-        for family in METRICS.splitlines():
-            name, kind, help = family.split(maxsplit=2)
+        for name, kind, help in (line.split(maxsplit=2) for line in METRICS):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
             values = {s: v for s, v in samples.items() if s.partition("{")[0] == name}
-            lines += [f"{s} {v + 0}" for s, v in sorted((values or {name: 0}).items())]
+            lines += [f"{s} {v}" for s, v in sorted((values or {name: 0}).items())]
         return "\n".join([*lines, ""])
-
-    def status(self) -> str:
-        with self._changed:
-            return f"{'listening' if self.up else 'not listening'}, {len(self._subscribers)} subscribers"
 
     def stop(self) -> None:
         """Says goodbye to all, waits until they are gone, and cuts off who is not."""
@@ -679,21 +650,15 @@ pgpubsub_backlog_bytes gauge Bytes that wait for slow subscribers.
 pgpubsub_closed_total counter Websockets that have ended, by close code.
 pgpubsub_database_reconnects_total counter Connections to the database after a loss.
 pg_notification_queue_usage gauge Share of PostgreSQL's notification queue in use.
-"""
+""".splitlines()
+RECONNECTS = "pgpubsub_database_reconnects_total"
+KNOWN_CODES = {*range(1000, 1004), *range(1005, 1015)}
 
 
 def sample(name: str, label: str, value: object) -> str:
     """The name of a sample: PostgreSQL takes any character in a channel's name."""
     text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     return f'pgpubsub_{name}{{{label}="{text}"}}'
-
-
-def is_pattern(channel: str) -> bool:
-    return "*" in channel or "?" in channel
-
-
-def matches(channel: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(channel, pattern.replace("[", "[[]"))
 
 
 def is_channel(name: str) -> bool:
@@ -704,11 +669,10 @@ def is_channel(name: str) -> bool:
         return False
 
 
-# --------------------------------------------------------------------------------------
-# The database. One wait callback gives every query of psycopg2 a deadline. The listener
-# owns the LISTEN connection; other threads only wake it, and it looks for itself at what
-# is wanted. The questions that requests have go through a small pool.
-# --------------------------------------------------------------------------------------
+# ---- The database --------------------------------------------------------------------
+# One wait callback gives every query of psycopg2 a deadline. The listener owns the LISTEN
+# connection; other threads only wake it, and it looks for itself at what is wanted. The
+# questions that requests have go through a small pool.
 
 
 class NoAnswer(psycopg2.OperationalError):
@@ -725,21 +689,14 @@ def wait_for_database(connection: psycopg2.extensions.connection) -> None:
             raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
 
 
-def lenient_utf8(name: str) -> codecs.CodecInfo | None:
-    """A codec for SQL_ASCII databases, whose text may be anything.
-
-    psycopg2 drops a notification that it can't decode without a word; with this one,
-    bytes that are not UTF-8 arrive as U+FFFD.
-    """
-
-    def decode(data: Any, errors: str = "replace") -> tuple[str, int]:
-        return codecs.utf_8_decode(data, "replace", True)
-
-    return codecs.CodecInfo(codecs.utf_8_encode, decode) if name == "lenient" else None
+def lenient_utf8(data: Any, errors: str = "replace") -> tuple[str, int]:
+    return codecs.utf_8_decode(data, "replace", True)
 
 
 psycopg2.extensions.set_wait_callback(wait_for_database)
-codecs.register(lenient_utf8)
+# Text in an SQL_ASCII database can be anything, and psycopg2 drops a notification that
+# it can't decode without a word. With this, bytes that are not UTF-8 become U+FFFD.
+codecs.register({"lenient": codecs.CodecInfo(codecs.utf_8_encode, lenient_utf8)}.get)
 psycopg2.extensions.encodings["SQLASCII"] = "lenient"
 
 
@@ -757,13 +714,9 @@ def connection_parameters(conn: str) -> dict[str, str]:
             "-conn is not a connection string that libpq understands; in a URI the"
             " special characters of a password must be percent-encoded"
         ) from None
-    defaults = {
-        "fallback_application_name": "pgpubsub",
-        "keepalives_idle": "5",  # seconds
-        "keepalives_interval": "2",
-        "keepalives_count": "3",
-        "tcp_user_timeout": f"{DATABASE_TIMEOUT * 2000:.0f}",  # milliseconds
-    }
+    defaults = {"keepalives_idle": "5", "keepalives_interval": "2"}  # seconds
+    defaults |= {"keepalives_count": "3", "fallback_application_name": "pgpubsub"}
+    defaults["tcp_user_timeout"] = f"{DATABASE_TIMEOUT * 2000:.0f}"  # milliseconds
     return defaults | given
 
 
@@ -776,14 +729,15 @@ def connect(parameters: dict[str, Any]) -> psycopg2.extensions.connection:
     return connection
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def first_line(error: object) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class Listener:
-    """The thread that LISTENs. Its connection is its alone."""
+class Listener(threading.Thread):
+    """LISTENs, on a connection that is its alone, and publishes what it hears."""
 
     def __init__(self, parameters: dict[str, str], subscriptions: Subscriptions):
+        super().__init__(name="listener", daemon=True)
         self._parameters = parameters
         self._subscriptions = subscriptions
         subscriptions.wake_listener = self.wake
@@ -791,48 +745,43 @@ class Listener:
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
-
-    def start(self) -> None:
-        """Connects, LISTENs, and starts the thread. Raises psycopg2.Error."""
-        self._connect()
-        self._thread.start()
 
     def wake(self) -> None:
         """Makes the listener look at what is wanted. Any thread may call it."""
-        try:
+        with suppress(BlockingIOError):  # it has been woken often enough
             self._wake_writer.send(b"\0")
-        except BlockingIOError:
-            pass  # it has been woken often enough
 
     def stop(self) -> None:
         """Publishes what has arrived, ends the thread and closes the connection."""
         self._stopping.set()
         self.wake()
-        self._thread.join(2 * DATABASE_TIMEOUT)
+        self.join(2 * DATABASE_TIMEOUT)
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
+        """Connects and LISTENs; main calls it once, before start(). Raises psycopg2.Error."""
         self._connection = connect(self._parameters)
         self._cursor = self._connection.cursor()
-        self._next_heartbeat = 0.0
+        self._next_beat = 0.0
         self._beat()
-        ((pid,),) = self._ask("select pg_backend_pid()")
-        if pid != self._connection.info.backend_pid:
+        info = self._connection.info
+        if self._ask("select pg_backend_pid()") != [(info.backend_pid,)]:
             log.warning(
-                "this is a pooler; in transaction mode LISTEN hears nothing there"
+                "a pooler is in between: LISTEN hears nothing in transaction mode"
             )
         self._resume_log()
         self._synchronise()
-        info = self._connection.info
         where = f"{info.host} port {info.port}"
         log.info("listening to database %s at %s", info.dbname, where)
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while not self._stopping.is_set():
             try:
                 self._listen()
             except psycopg2.Error as error:
-                self._reconnect(SERVICE_RESTART, one_line(error))
+                said = [n for n in self._connection.notices if n.startswith("FATAL")]
+                self._reconnect(
+                    SERVICE_RESTART, first_line(said[-1] if said else error)
+                )
             except Exception:
                 log.exception("the listener failed, and starts again")
                 self._reconnect(INTERNAL_ERROR, "an internal error")
@@ -843,7 +792,7 @@ class Listener:
         poller.register(self._connection, select.POLLIN)
         poller.register(self._wake_reader, select.POLLIN)
         while not self._stopping.is_set():
-            patience = max(0.0, self._next_heartbeat - time.monotonic())
+            patience = max(0.0, self._next_beat - time.monotonic())
             ready = [descriptor for descriptor, _ in poller.poll(patience * 1000)]
             if self._wake_reader.fileno() in ready:
                 self._wake_reader.recv(4096)
@@ -851,28 +800,28 @@ class Listener:
             self._beat()
             self._drain()
 
+    def _ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
+        """Notifications may come with the answer; _drain() takes them, too."""
+        self._cursor.execute(query, values or None)  # else a % must be doubled
+        return self._cursor.fetchall() if self._cursor.description else []
+
     def _beat(self) -> None:
         """Asks the database for a sign of life when it is time."""
-        if time.monotonic() >= self._next_heartbeat:
+        if time.monotonic() >= self._next_beat:
             ((usage,),) = self._ask("select pg_notification_queue_usage()")
-            self._subscriptions.queue_usage = usage
-            self._next_heartbeat = time.monotonic() + HEARTBEAT
-            tell_systemd(f"WATCHDOG=1\nSTATUS={self._subscriptions.status()}")
+            self._next_beat = time.monotonic() + HEARTBEAT
+            tell_systemd(f"WATCHDOG=1\nSTATUS={self._subscriptions.beat(usage)}")
 
     def _synchronise(self) -> None:
         """LISTENs to what is wanted and UNLISTENs what nobody wants any more."""
         while True:
             listen, unlisten = self._subscriptions.changes()
-            commands = [("UNLISTEN", c) for c in unlisten] + [
-                ("LISTEN", c) for c in listen
+            commands = [
+                *zip(repeat("UNLISTEN"), unlisten),
+                *zip(repeat("LISTEN"), listen),
             ]
-            if commands:
-                self._cursor.execute(
-                    sql.SQL("; ").join(
-                        sql.SQL(verb + " {}").format(sql.Identifier(channel))
-                        for verb, channel in commands
-                    )
-                )
+            for verb, channel in commands:
+                self._ask(sql.SQL(verb + " {}").format(sql.Identifier(channel)))
             self._subscriptions.hear(listen)
             if not commands:
                 return
@@ -890,15 +839,11 @@ class Listener:
             if any(notification.channel == DOORBELL for notification in batch):
                 self._read_log()
 
-    def _ask(self, query: str, values: Sequence[object] = ()) -> list[Any]:
-        self._cursor.execute(query, values)
-        return self._cursor.fetchall()
-
     def _resume_log(self) -> None:
-        """Goes on from the last seq that was published, if there is a log with it."""
+        """Goes on behind the last seq that was published, if the log still has it."""
         if not self._ask(HAS_LOG):
             return self._subscriptions.start_log(None)
-        self._cursor.execute(f"LISTEN {DOORBELL}")
+        self._ask(f"LISTEN {DOORBELL}")
         ((pruned, newest),) = self._ask(BOUNDS)
         position = self._subscriptions.position
         if position is None or not pruned <= position <= newest:
@@ -921,12 +866,18 @@ class Listener:
         while not self._stopping.wait(delay * random.uniform(0.5, 1)):
             try:
                 self._connection.close()
-                self._connect()
-                return self._subscriptions.reconnected()
+                return self.connect()
             except psycopg2.Error as error:
                 self._subscriptions.lose(code)  # those who came in between
-                log.warning("cannot use the database: %s", one_line(error))
+                log.warning("%s", unusable(self._parameters, error))
                 delay = min(2 * delay, MAX_RETRY_DELAY)
+
+
+def unusable(parameters: dict[str, str], error: psycopg2.Error) -> str:
+    """psycopg2 does not say where it failed to connect to."""
+    host = parameters.get("host") or os.environ.get("PGHOST", "the default address")
+    port = parameters.get("port") or os.environ.get("PGPORT", "5432")
+    return f"cannot use the database at {host} port {port}: {first_line(error)}"
 
 
 # The log of schema/pgpubsub.sql. A page of it ends before it has too many bytes, but
@@ -969,38 +920,36 @@ class Pool:
         self._slots = threading.BoundedSemaphore(POOL_SIZE)
         self._idle: deque[psycopg2.extensions.connection] = deque()  # thread-safe
 
-    def query(
-        self, query: str | sql.Composable, values: Sequence[object] = ()
-    ) -> list[Any]:
+    def ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
         """The rows. Raises psycopg2.Error, also when all connections stay busy."""
         if not self._slots.acquire(timeout=DATABASE_TIMEOUT):
             raise NoAnswer("all connections to the database are busy")
         try:
             while self._idle:
+                connection = self._idle.pop()
                 try:
-                    return self._ask(self._idle.pop(), query, values)
-                except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-                    # A restart of the database breaks them all, and a new one is due.
-                    if isinstance(error, NoAnswer) or error.pgcode == "57014":
+                    return self._ask(connection, query, values)
+                except NoAnswer:
+                    raise
+                except psycopg2.Error:
+                    if not connection.closed:
                         raise
-            return self._ask(self._connect(), query, values)
+                    # The database was restarted since, which has broken them all.
+            connection = connect(self._parameters)
+            with connection.cursor() as cursor:  # the database, too, gives up in time
+                cursor.execute(f"set statement_timeout = {DATABASE_TIMEOUT * 900:.0f}")
+            return self._ask(connection, query, values)
         finally:
             self._slots.release()
 
     def _ask(self, connection: Any, query: Any, values: Sequence[object]) -> list[Any]:
         try:
             with connection.cursor() as cursor:
-                cursor.execute(query, values)
+                cursor.execute(query, values or None)
                 return list(cursor.fetchall())
         finally:
             if not connection.closed:
                 self._idle.append(connection)
-
-    def _connect(self) -> psycopg2.extensions.connection:
-        connection = connect(self._parameters)
-        with connection.cursor() as cursor:  # the database, too, gives up in time
-            cursor.execute(f"set statement_timeout = {DATABASE_TIMEOUT * 900:.0f}")
-        return connection
 
 
 class Access:
@@ -1009,7 +958,7 @@ class Access:
     def __init__(self, pool: Pool, function: str) -> None:
         """Raises StartupError if there is no such function, or psycopg2.Error."""
         self._pool = pool
-        found = pool.query(
+        found = pool.ask(
             "select nspname, proname from pg_proc join pg_namespace n"
             " on n.oid = pronamespace where pg_proc.oid = to_regprocedure(%s)"
             " and prorettype = 'boolean'::regtype"
@@ -1024,42 +973,45 @@ class Access:
             "select bool_and(coalesce({}(%s, channel, %s), false)) from unnest(%s) channel"
         ).format(sql.Identifier(*found[0]))
 
-    def check(self, token: str | None, subscription: Subscription) -> None:
+    def check(self, token: str | None, wanted: Subscription) -> None:
         """Raises a refusal unless the function says true for each of the channels."""
-        channels, client_id, _ = subscription
         if not token:
             raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
         try:
-            allowed = self._pool.query(self._query, [token, client_id, list(channels)])
+            values = [token, wanted.id, list(wanted.channels)]
+            allowed = self._pool.ask(self._query, values) == [(True,)]
         except ValueError:  # a NUL, which PostgreSQL's text can't hold
-            allowed = [(False,)]
+            allowed = False
         except psycopg2.Error as error:
-            reason = one_line(error).replace(token, "***")
-            log.error("-auth: %s", reason)
+            # The primary message alone, as the others can quote the query.
+            reason = (error.diag.message_primary or str(error)).replace(token, "***")
+            log.error("-auth: %s", " ".join(reason.split()))
             raise refusal(503, "access can't be checked now", Retry_After="5") from None
-        if allowed != [(True,)]:
+        if not allowed:
             raise refusal(403, "this token does not allow that")
 
 
-# --------------------------------------------------------------------------------------
-# HTTP. werkzeug reads requests and writes answers. What is refused is refused before the
+# ---- HTTP ----------------------------------------------------------------------------
+# werkzeug reads requests and writes answers. What is refused is refused before the
 # upgrade, in a sentence; after it, the request's thread is the websocket's reader.
-# --------------------------------------------------------------------------------------
 
 
 class Application:
-    """The WSGI application: a websocket at /subscribe, and a few pages."""
+    """The WSGI application: websockets at /subscribe, and a few pages."""
 
-    def __init__(
-        self, options: argparse.Namespace, subscriptions: Subscriptions, pool: Pool
-    ) -> None:
+    def __init__(self, options: Any, subscriptions: Subscriptions, pool: Pool) -> None:
         self._options = options
         self._subscriptions = subscriptions
         self._pool = pool
         self._access = Access(pool, options.auth) if options.auth else None
         self.deadlines = Deadlines()
-        channels = html.escape(",".join(options.chan))
-        self._live_page = PAGE.replace("$channels", channels)
+        page = PAGE.replace("$channels", html.escape(",".join(options.chan)))
+        self._pages: dict[str, Callable[[], Response]] = {
+            "/": lambda: Response(page, 200, PAGE_HEADERS),
+            "/healthz": lambda: Response("serving\n"),
+            "/readyz": self._ready,
+            "/metrics": lambda: Response(subscriptions.metrics()),
+        }
 
     def __call__(
         self, environ: WSGIEnvironment, start: StartResponse
@@ -1071,13 +1023,7 @@ class Application:
         return response(environ, start)
 
     def _respond(self, request: Request) -> Response:
-        pages: dict[str, Callable[[], Response]] = {
-            "/": lambda: Response(self._live_page, 200, PAGE_HEADERS),
-            "/healthz": lambda: Response("serving\n"),
-            "/readyz": self._ready,
-            "/metrics": lambda: Response(self._subscriptions.metrics()),
-        }
-        page = pages.get(request.path)
+        page = self._pages.get(request.path)
         if not page and not re.match("/subscribe(/|$)", request.path):
             raise refusal(404, "there is /subscribe/<channel>, and the live page at /")
         if request.method != "GET" and not (page and request.method == "HEAD"):
@@ -1117,7 +1063,7 @@ class Application:
         elif not channels:
             raise refusal(404, "name a channel: /subscribe/<channel>")
         for channel in channels:
-            if not self._subscriptions.label(channel):
+            if not self._subscriptions.entry(channel):
                 raise refusal(404, f"channel {channel!r} is not served here")
         return Subscription(channels, request.args.get("id"), "since" in request.args)
 
@@ -1137,9 +1083,9 @@ class Application:
         if self._subscriptions.position is None:
             raise refusal(501, "this database has no log: see schema/pgpubsub.sql")
         try:
-            ((pruned, newest),) = self._pool.query(BOUNDS)
+            ((pruned, newest),) = self._pool.ask(BOUNDS)
         except psycopg2.Error as error:
-            log.error("the log can't be read: %s", one_line(error))
+            log.error("the log can't be read: %s", first_line(error))
             raise refusal(503, "the log can't be read now", Retry_After="5") from None
         if since in ("0", "now"):
             return int(pruned if since == "0" else newest)
@@ -1173,10 +1119,11 @@ class Application:
                 subprotocols=["bearer"],
                 ping_interval=self._options.ping,
                 max_message_size=MAX_MESSAGE,
-                thread_class=InThisThread,
+                thread_class=NoThread,
                 selector_class=selectors.PollSelector,  # epoll costs a descriptor
             )
-            websocket.input_buffer = Discard()
+            websocket.input_buffer = deque(maxlen=0)  # nobody reads what clients say
+            websocket.ws.events = partial(without_text, websocket.ws.events)
             if subscriber.wanted.log:
                 start_new_thread(self._replay, (subscriber, position))
             websocket.thread.run()
@@ -1195,10 +1142,10 @@ class Application:
             published = self._subscriptions.position or 0
             upto = position + PAGE_SPAN
             try:
-                page = read_log(self._pool.query, position, upto, channels, client_id)
-                ((pruned, _),) = self._pool.query(BOUNDS)
+                page = read_log(self._pool.ask, position, upto, channels, client_id)
+                ((pruned, _),) = self._pool.ask(BOUNDS)
             except psycopg2.Error as error:
-                log.warning("the log can't be read now: %s", one_line(error))
+                log.warning("the log can't be read now: %s", first_line(error))
                 time.sleep(random.uniform(0.5, 1))  # the database may be starting
                 continue
             if pruned > position:
@@ -1208,6 +1155,27 @@ class Application:
                 position = page[-1].seq or 0
             else:
                 position = max(position, min(upto, published))
+
+
+class NoThread:
+    """What simple-websocket starts as its reader: the request's own thread runs it."""
+
+    name = ""
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        self.run = target
+
+    def start(self) -> None:
+        pass
+
+
+def without_text(events: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """simple-websocket would count the characters of a text, not its bytes."""
+    for event in events():
+        if isinstance(event, TextMessage):
+            data, finished = event.data.encode(), event.message_finished
+            event = BytesMessage(data, event.frame_finished, finished)
+        yield event
 
 
 def check_upgrade(request: Request) -> None:
@@ -1220,10 +1188,9 @@ def check_upgrade(request: Request) -> None:
         raise refusal(426, sentence, Upgrade="websocket", Connection="Upgrade")
     if headers.get("Sec-WebSocket-Version") != "13":
         raise refusal(400, "only version 13 is spoken", Sec_WebSocket_Version="13")
-    try:
+    key = b""
+    with suppress(ValueError):
         key = base64.b64decode(headers.get("Sec-WebSocket-Key", ""), validate=True)
-    except ValueError:
-        key = b""
     if len(key) != 16:
         raise refusal(400, "the Sec-WebSocket-Key is malformed")
 
@@ -1244,10 +1211,9 @@ def bearer_token(request: Request) -> str | None:
 
 
 def host_of(url: str) -> str | None:
-    try:
+    with suppress(ValueError):
         return urlsplit(url).hostname
-    except ValueError:
-        return None
+    return None
 
 
 class Handler(WSGIRequestHandler):
@@ -1269,8 +1235,11 @@ class Handler(WSGIRequestHandler):
     def version_string(self) -> str:
         return "pgpubsub"
 
-    def log(self, type: str, message: str, *args: Any) -> None:
+    def log_request(self, *args: Any) -> None:
         """Requests are not logged: query strings hold tokens."""
+
+    def log_error(self, format: str, *args: Any) -> None:
+        """Nor is what can not be read."""
 
 
 class Server(ThreadedWSGIServer):
@@ -1309,9 +1278,8 @@ class Server(ThreadedWSGIServer):
         log.error(message, *args)
 
 
-# --------------------------------------------------------------------------------------
-# The live page, at /. Its policy admits nothing but its own script and style.
-# --------------------------------------------------------------------------------------
+# ---- The live page -------------------------------------------------------------------
+# It stands at /, and its policy admits nothing but its own script and style.
 
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -1502,8 +1470,8 @@ setInterval(ready, 10e3); ready();
 
 
 def content_hash(tag: str) -> str:
-    """How a Content-Security-Policy names the inline script or style of the page."""
-    text = PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+    """How a Content-Security-Policy names the page's script or style."""
+    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
     return (
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     )
@@ -1516,11 +1484,9 @@ PAGE_HEADERS = {
     f" base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
-
-# --------------------------------------------------------------------------------------
-# Life cycle. The signals are blocked before the first thread starts, and taken with
-# sigwait: a handler may run in the middle of a wait and fail to wake it.
-# --------------------------------------------------------------------------------------
+# ---- Life cycle ----------------------------------------------------------------------
+# The signals are blocked before the first thread starts, and taken with sigwait: a
+# handler may run in the middle of a wait and fail to wake it.
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -1541,55 +1507,53 @@ def open_port(host: str, port: int) -> socket.socket:
     if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3)
         return socket.socket(fileno=3)
     try:
-        if host or not socket.has_dualstack_ipv6():
-            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-            sock = socket.create_server(found[0][4][:2], family=found[0][0])
-        else:
-            family = socket.AF_INET6
-            sock = socket.create_server(("", port), family=family, dualstack_ipv6=True)
+        if not host and socket.has_dualstack_ipv6():
+            six = socket.AF_INET6
+            return socket.create_server(("", port), family=six, dualstack_ipv6=True)
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+        return socket.create_server(found[0][4][:2], family=found[0][0])
     except (OSError, UnicodeError) as error:
         where = f"{host or 'all interfaces'} port {port}"
-        raise StartupError(f"cannot listen on {where}: {one_line(error)}") from None
-    return sock
+        raise StartupError(f"cannot listen on {where}: {first_line(error)}") from None
 
 
-def raise_descriptor_limit(maximum: int) -> int:
-    """Makes room for -max connections; returns how many there is room for."""
+def raise_descriptor_limit(wanted: int) -> int:
+    """Makes room for so many connections; returns how many there is room for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    room = maximum if hard == resource.RLIM_INFINITY else max(1, hard - 2 * SPARE)
-    if room < maximum:
-        log.warning("the limit of %d open files lowers -max to %d", hard, room)
-    return min(room, maximum)
+    room = wanted if hard == resource.RLIM_INFINITY else max(1, hard - SPARE // 2)
+    if room < wanted:
+        log.warning("the limit of %d open files leaves %d connections", hard, room)
+    return min(room, wanted)
 
 
 def run(options: argparse.Namespace) -> None:
     """Serves until a signal comes. Raises StartupError."""
     parameters = connection_parameters(options.conn)
-    maximum = raise_descriptor_limit(options.max)
-    subscriptions = Subscriptions(options.chan, options.id, maximum)
+    maximum = raise_descriptor_limit(options.max + SPARE)
+    subscriptions = Subscriptions(options.chan, options.id, min(options.max, maximum))
     listener = Listener(parameters, subscriptions)
     listening = open_port(options.host, options.port)
-    # Accepted sockets inherit the first; the second is in force when serving starts.
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # inherited
     listening.listen(ACCEPT_BACKLOG)
     try:
         application = Application(options, subscriptions, Pool(parameters))
-        server = Server(listening, application, maximum + SPARE)
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        listener.start()
+        server = Server(listening, application, maximum)
+        listener.connect()
     except psycopg2.Error as error:
-        raise StartupError(f"cannot use the database: {one_line(error)}") from None
+        raise StartupError(unusable(parameters, error)) from None
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    listener.start()
     threading.Thread(target=server.serve_forever, name="HTTP", daemon=True).start()
     host = f"[{options.host}]" if ":" in options.host else options.host or "localhost"
     log.info("serving %s on http://%s:%d", ", ".join(options.chan), host, server.port)
     tell_systemd("READY=1")
     signal.sigwait(STOP_SIGNALS)
-    log.info("stopping")
-    tell_systemd("STOPPING=1")
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # the next one ends the process at once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    log.info("stopping")
+    tell_systemd("STOPPING=1")
     server.shutdown()  # 1. accept no more
     listener.stop()  # 2. publish what has arrived
     subscriptions.stop()  # 3. send what is queued, and say goodbye
@@ -1615,7 +1579,7 @@ def demo(options: argparse.Namespace) -> Iterator[None]:
         with closing(connection), connection.cursor() as cursor:
             for name in ("pgpubsub.sql", "example.sql"):
                 cursor.execute((schema / name).read_text())
-            cursor.execute(DEMO_SETUP)
+            cursor.execute("select shop.use_log()")
             stopping = threading.Event()
             trickle = threading.Thread(target=sell, args=(cursor, stopping))
             trickle.start()
@@ -1628,28 +1592,12 @@ def demo(options: argparse.Namespace) -> Iterator[None]:
 
 def sell(cursor: Any, stopping: threading.Event) -> None:
     while not stopping.wait(random.uniform(0.2, 1)):
-        cursor.execute(random.choice(DEMO_ORDERS))
+        cursor.execute("select shop.trade()")
 
 
-DEMO_SETUP = """
-    drop trigger notify on shop.orders;
-    create trigger notify after insert or update or delete on shop.orders
-        for each row execute function pgpubsub.notify_change('orders', 'customer_id')"""
-DEMO_ORDERS = (
-    """insert into shop.orders (customer_id, item, quantity)
-        select id, (array['tea', 'coffee', 'cake'])[1 + random() * 2], 1 + random() * 4
-        from shop.customers order by random() limit 1""",
-    """update shop.orders set status = 'shipped'
-        where id = (select min(id) from shop.orders where status = 'new')""",
-    """delete from shop.orders
-        where id = (select min(id) from shop.orders where status = 'shipped')""",
-)
-
-
-# --------------------------------------------------------------------------------------
-# Command line: Go's style, as in the program that this one replaces. Each default can
-# come from the environment: for systemd's EnvironmentFile, and for passwords.
-# --------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------
+# Go's style, as in the program that this one replaces. Each default can come from the
+# environment: for systemd's EnvironmentFile, and for passwords.
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -1661,7 +1609,12 @@ class CommandLine(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"pgpubsub: {message}; -help lists the flags\n")  # in one line
+        """In one line, without what belongs to no flag: it may be a password."""
+        if message.startswith("unrecognized arguments:"):
+            message = (
+                " ".join(["what is", *re.findall(r"(?<= )--?[a-z]+", message)]) + "?"
+            )
+        self.exit(2, f"pgpubsub: {message}; -help lists the flags\n")
 
 
 def channel_list(text: str) -> list[str]:
@@ -1674,7 +1627,7 @@ def channel_list(text: str) -> list[str]:
 
 
 def origin_list(text: str) -> list[str]:
-    return [origin.strip().rstrip("/").lower() for origin in text.split(",")]
+    return [o.strip().rstrip("/").lower() for o in text.split(",") if o.strip()]
 
 
 def number(kind: Callable[[str], Any], least: float, most: float) -> Any:
@@ -1727,7 +1680,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="INFO")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel(logging.INFO)
+    sys.setrecursionlimit(
+        10_000
+    )  # the 8,000 bytes of a NOTIFY are as many [ at the most
     try:
         with demo(options) if options.demo else nullcontext():
             run(options)

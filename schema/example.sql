@@ -29,13 +29,12 @@
 --     grant usage on schema shop to app;
 --     grant select, insert, update, delete on shop.customers, shop.orders to app;
 --
--- A table that shall use the log of pgpubsub.sql, so that clients who come back
--- have missed nothing, and no row is too long, gets that file's trigger in place
--- of this one's. Loading this file again leaves it there.
+-- To use the log of pgpubsub.sql instead, so that clients who come back have missed
+-- nothing and no row is too long, load that file and then, once:
 --
---     drop trigger notify on shop.orders;
---     create trigger notify after insert or update or delete on shop.orders
---         for each row execute function pgpubsub.notify_change('orders', 'customer_id');
+--     select shop.use_log();
+--
+-- To see something happen: select shop.trade();
 
 begin;
 
@@ -151,5 +150,40 @@ begin
 exception when duplicate_object then
 end
 $$;
+
+-- What an application does to use the log: another trigger on its table.
+create or replace function shop.use_log() returns void
+language plpgsql
+as $$
+begin
+    drop trigger if exists notify on shop.orders;
+    create trigger notify after insert or update or delete on shop.orders
+        for each row execute function pgpubsub.notify_change('orders', 'customer_id');
+end
+$$;
+comment on function shop.use_log is
+    'Lets orders go through the log of pgpubsub.sql; loading example.sql again leaves it so';
+
+create or replace function shop.trade() returns void
+language plpgsql
+as $$
+begin
+    case floor(random() * 3)
+    when 0 then
+        update shop.orders set status = 'shipped'
+         where id = (select min(id) from shop.orders where status = 'new');
+    when 1 then
+        delete from shop.orders
+         where id = (select min(id) from shop.orders where status = 'shipped');
+    else
+        insert into shop.orders (customer_id, item, quantity)
+        select id, (array['tea', 'coffee', 'cake'])[floor(1 + random() * 3)],
+               floor(1 + random() * 4)
+          from shop.customers order by random() limit 1;
+    end case;
+end
+$$;
+comment on function shop.trade is
+    'Places an order, ships one, or forgets one that was shipped';
 
 commit;
