@@ -247,8 +247,8 @@ class Subscriber:
         """Returns when the socket has taken all, or has ended."""
         self._sending.acquire()
         with self._lock:
-            self._enqueue(data)
-        self._write()
+            queued = self._enqueue(data)
+        self._write() if queued else self._sending.release()
 
     def close_with(self, code: int, reason: str) -> None:
         """Queues a close frame: behind what waits, or in its place if it is too much."""
@@ -755,7 +755,7 @@ class Listener(threading.Thread):
         """Publishes what has arrived, ends the thread and closes the connection."""
         self._stopping.set()
         self.wake()
-        self.join(2 * DATABASE_TIMEOUT)
+        self.join(1.0)  # seconds: a frozen database is not waited for
 
     def connect(self) -> None:
         """Connects and LISTENs; main calls it once, before start(). Raises psycopg2.Error."""
@@ -1261,7 +1261,8 @@ class Server(ThreadedWSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
         self._deadlines[request] = time.monotonic() + HANDSHAKE_TIMEOUT
-        super().process_request(request, client_address)
+        # A threading.Thread costs 6 KiB more, and waits until it has started.
+        start_new_thread(self.process_request_thread, (request, client_address))
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -1272,7 +1273,9 @@ class Server(ThreadedWSGIServer):
         self._deadlines.enforce()  # called twice a second, and after each accept
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("the request from %s failed", client_address[0])
+        error = sys.exc_info()[1]  # OSError, RuntimeError: no descriptor, no thread
+        expected = isinstance(error, (OSError, RuntimeError))
+        log.error("a request failed: %s", error, exc_info=not expected)
 
     def log(self, type: str, message: str, *args: Any) -> None:
         log.error(message, *args)
