@@ -225,14 +225,15 @@ class Subscriber:
         self._sending = threading.Lock()
         self._sending.acquire()
 
-    def put(self, data: bytes, code: int | None = None) -> None:
+    def put(self, data: bytes, code: int | None = None) -> bool:
         """Sends whole frames as soon as the socket takes them. Never blocks.
 
-        With a code it is a close frame, the last, and the socket's time is limited.
+        With a code it is a close frame, after which the socket's time is limited.
+        False: another close frame was first, and nothing may follow that.
         """
         with self._lock:
             if self.code is not None:
-                return
+                return False
             if code is not None:
                 self._end(code)
             idle = self._sending.acquire(blocking=False)
@@ -243,9 +244,10 @@ class Subscriber:
                     self._start_writer()
             elif idle:
                 self._sending.release()
-            full = self.waiting > self._backlog
+            full = code is None and self.waiting > self._backlog
         if full:
             self.close_with(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
+        return True
 
     def put_and_wait(self, data: bytes) -> None:
         """Returns when the socket has taken all, or has ended."""
@@ -262,8 +264,11 @@ class Subscriber:
             with self._lock:  # but what has been sent in part must be sent whole
                 while self._queue and isinstance(self._queue[-1], bytes):
                     self.waiting -= len(self._queue.pop())
-        self.put(frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]), code)
-        if code in FOR_CAUSE:
+        self._put_close(frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
+
+    def _put_close(self, data: bytes) -> None:
+        code, reason = int.from_bytes(data[2:4], "big") or NO_CODE, data[4:].decode()
+        if self.put(data, code) and code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
     # The lock is held in the next six.
@@ -289,22 +294,21 @@ class Subscriber:
         self._deadlines.setdefault(self._sock, time.monotonic() + CLOSE_TIMEOUT)
 
     def _push(self) -> None:
-        """Gives the socket what it takes at once. _sending is held, too."""
-        while self._queue:
-            pieces = list(islice(self._queue, MAX_PIECES))
-            try:
-                sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError:
-                return self._abandon()
-            self.waiting -= sent
-            self.sent += sent
-            for piece in pieces:
-                if sent < len(piece):
-                    self._queue[0] = memoryview(piece)[sent:]
-                    break
-                sent -= len(self._queue.popleft())
+        """Gives the socket what it takes in one call. _sending is held, too."""
+        pieces = list(islice(self._queue, MAX_PIECES))
+        try:
+            sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            return self._abandon()
+        self.waiting -= sent
+        self.sent += sent
+        for piece in pieces:
+            if sent < len(piece):
+                self._queue[0] = memoryview(piece)[sent:]
+                break
+            sent -= len(self._queue.popleft())
 
     def _abandon(self) -> None:
         self._queue.clear()
@@ -339,13 +343,7 @@ class Subscriber:
         if data.startswith(b"HTTP"):
             self._open(data)
         elif data[0] == 0x80 | CLOSE:
-            code, reason = (
-                int.from_bytes(data[2:4], "big") or NO_CODE,
-                data[4:].decode(),
-            )
-            if code in FOR_CAUSE and self.code is None:
-                log.info("closed %s: %d %s", self.name, code, reason)
-            self.put(data, code)
+            self._put_close(data)
         else:
             if data[0] == 0x80 | PING:
                 self._received = 0
@@ -434,6 +432,11 @@ class Subscriptions:
     def __init__(self, channels: Sequence[str], attribute: str, maximum: int) -> None:
         self._served = channels  # names and patterns
         self.exact = frozenset(c for c in channels if not re.search("[*?]", c))
+        self._patterns = {
+            c: re.compile(fnmatch.translate(c.replace("[", "[[]")))
+            for c in channels
+            if c not in self.exact
+        }
         self._attribute = attribute
         self._maximum = maximum
         self.wake_listener: Callable[[], None] = lambda: None
@@ -459,12 +462,7 @@ class Subscriptions:
             return channel
         if channel == DOORBELL or not is_channel(channel):
             return None
-        patterns = {
-            c.replace("[", "[[]"): c for c in self._served if c not in self.exact
-        }
-        return next(
-            (c for p, c in patterns.items() if fnmatch.fnmatchcase(channel, p)), None
-        )
+        return next((c for c, p in self._patterns.items() if p.match(channel)), None)
 
     # What requests use.
 
@@ -631,13 +629,14 @@ class Subscriptions:
             samples: dict[str, float] = defaultdict(float, self._counts)
             samples["pgpubsub_listening"] = int(self.up)
             samples["pg_notification_queue_usage"] = self._queue_usage
-            for entry in self._served:
-                samples[sample("subscribers", "channel", entry)] = 0
-            for subscriber in self._subscribers:
-                samples["pgpubsub_sent_bytes_total"] += subscriber.sent
-                samples["pgpubsub_backlog_bytes"] += subscriber.waiting
-                for channel in subscriber.wanted.channels:
-                    samples[sample("subscribers", "channel", self.entry(channel))] += 1
+            subscribers = list(self._subscribers)
+        for entry in self._served:
+            samples[sample("subscribers", "channel", entry)] = 0
+        for subscriber in subscribers:
+            samples["pgpubsub_sent_bytes_total"] += subscriber.sent
+            samples["pgpubsub_backlog_bytes"] += subscriber.waiting
+            for channel in subscriber.wanted.channels:
+                samples[sample("subscribers", "channel", self.entry(channel))] += 1
         lines = []
         for name, kind, help in (line.split(maxsplit=2) for line in METRICS):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
@@ -808,17 +807,19 @@ class Listener(threading.Thread):
         poller = select.poll()
         poller.register(self._connection, select.POLLIN)
         poller.register(self._wake_reader, select.POLLIN)
-        while not self._stopping.is_set():
+        while True:
+            while self._drain():  # with what has come with the answers to queries
+                pass
+            if self._stopping.is_set():
+                return
             patience = max(0.0, self._next_beat - time.monotonic())
             ready = [descriptor for descriptor, _ in poller.poll(patience * 1000)]
             if self._wake_reader.fileno() in ready:
                 self._wake_reader.recv(4096)
                 self._synchronise()
             self._beat()
-            self._drain()
 
     def _ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
-        """Notifications may come with the answer; _drain() takes them, too."""
         self._cursor.execute(query, values or None)  # else a % must be doubled
         return self._cursor.fetchall() if self._cursor.description else []
 
@@ -843,22 +844,27 @@ class Listener(threading.Thread):
             if not commands:
                 return
 
-    def _drain(self) -> None:
-        """Publishes what has arrived, together."""
+    def _drain(self) -> bool:
+        """Publishes together what has arrived; False if there was nothing."""
         notifies, heard = self._connection.notifies, -1
         while heard < len(notifies) < MAX_DRAIN:
             heard = len(notifies)
             self._connection.poll()
-        if notifies:
-            batch = [Notification(n.channel, n.payload) for n in notifies]
-            notifies.clear()
-            self._subscriptions.publish(batch)
-            if any(notification.channel == DOORBELL for notification in batch):
-                self._read_log()
+        if not notifies:
+            return False
+        batch = [Notification(n.channel, n.payload) for n in notifies]
+        notifies.clear()
+        self._subscriptions.publish(batch)
+        if any(notification.channel == DOORBELL for notification in batch):
+            self._read_log()
+        return True
 
     def _resume_log(self) -> None:
         """Goes on behind the last seq that was published, if the log still has it."""
-        if not self._ask(HAS_LOG):
+        ((readable,),) = self._ask(HAS_LOG)
+        if not readable:
+            if readable is not None:
+                log.warning("this role may not read the log: see schema/pgpubsub.sql")
             return self._subscriptions.start_log(None)
         self._ask(f"LISTEN {DOORBELL}")
         ((pruned, newest),) = self._ask(BOUNDS)
@@ -901,11 +907,13 @@ def unusable(parameters: dict[str, str], error: psycopg2.Error) -> str:
 # The log of schema/pgpubsub.sql. A page of it ends before it has too many bytes, but
 # has one row at least. (octet_length() does not read a long payload.)
 HAS_LOG = """
-    select 1 from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where nspname = 'pgpubsub' and relname = 'notification'"""
+    select bool_and(has_schema_privilege(n.oid, 'usage')
+        and has_table_privilege(c.oid, 'select'))
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where nspname = 'pgpubsub' and relname in ('notification', 'bounds')"""
 BOUNDS = "select pruned, newest from pgpubsub.bounds"
 LOG_PAGE = f"""
-    select channel, payload, id, seq from (
+    select pruned, channel, payload, id, seq from pgpubsub.bounds left join (
         select *, sum(octet_length(payload)) over (order by seq) - octet_length(payload)
             as bytes_before
         from (
@@ -914,7 +922,11 @@ LOG_PAGE = f"""
                 and (%s or id is null or id = %s)
             order by seq limit {PAGE_ROWS}
         ) rows
-    ) page where bytes_before < {PAGE_BYTES} order by seq"""
+    ) page on bytes_before < {PAGE_BYTES} order by seq"""
+
+
+class Pruned(psycopg2.Error):
+    """A part of the log is gone that was still to be read."""
 
 
 def read_log(
@@ -924,10 +936,16 @@ def read_log(
     channels: Iterable[str] | None = None,
     client_id: str | None = None,
 ) -> list[Notification]:
-    """The next page of the log: in seq order, for these channels, for this client."""
+    """The next page of the log: in seq order, for these channels, for this client.
+
+    Raises Pruned, or any other psycopg2.Error.
+    """
     every = channels is None
     values = [after, upto, every, list(channels or ()), client_id is None, client_id]
-    return [Notification(*row) for row in ask(LOG_PAGE, values)]
+    rows = ask(LOG_PAGE, values)
+    if rows[0][0] > after:
+        raise Pruned("the log was pruned before it was read")
+    return [Notification(*row[1:]) for row in rows if row[-1] is not None]
 
 
 class Pool:
@@ -943,8 +961,11 @@ class Pool:
         if not self._slots.acquire(timeout=DATABASE_TIMEOUT):
             raise NoAnswer("all connections to the database are busy")
         try:
-            while self._idle:
-                connection = self._idle.pop()
+            while True:
+                try:
+                    connection = self._idle.pop()
+                except IndexError:
+                    break
                 try:
                     return self._ask(connection, query, values)
                 except NoAnswer:
@@ -1084,7 +1105,12 @@ class Application:
         for channel in channels:
             if not self._subscriptions.entry(channel):
                 raise refusal(404, f"channel {channel!r} is not served here")
-        return Subscription(channels, request.args.get("id"), "since" in request.args)
+        client_id = request.args.get("id")
+        if client_id and "\0" in client_id:
+            raise refusal(
+                400, "PostgreSQL has no text with a NUL, so no id can have one"
+            )
+        return Subscription(channels, client_id, "since" in request.args)
 
     def _check_origin(self, request: Request) -> None:
         """Browsers name the site that a page is from; other programs name none."""
@@ -1144,12 +1170,22 @@ class Application:
             websocket.input_buffer = deque(maxlen=0)  # nobody reads what clients say
             websocket.ws.events = partial(without_text, websocket.ws.events)
             if subscriber.wanted.log:
-                start_new_thread(self._replay, (subscriber, position))
+                start_new_thread(self._follow_log, (subscriber, position))
             websocket.thread.run()
         except Exception:
             log.exception("closed %s: its reader failed", subscriber.name)
             subscriber.close_with(INTERNAL_ERROR, "an internal error")
         subscriber.finish()
+
+    def _follow_log(self, subscriber: Subscriber, position: int) -> None:
+        """What the writer of one that follows the log does first."""
+        try:
+            self._replay(subscriber, position)
+        except Pruned as error:
+            subscriber.close_with(SERVICE_RESTART, str(error))
+        except Exception:
+            log.exception("closed %s: its writer failed", subscriber.name)
+            subscriber.close_with(INTERNAL_ERROR, "an internal error")
 
     def _replay(self, subscriber: Subscriber, position: int) -> None:
         """Sends what is in the log until there is no more, then joins the live ones.
@@ -1162,13 +1198,12 @@ class Application:
             upto = position + PAGE_SPAN
             try:
                 page = read_log(self._pool.ask, position, upto, channels, client_id)
-                ((pruned, _),) = self._pool.ask(BOUNDS)
+            except Pruned:
+                raise
             except psycopg2.Error as error:
                 log.warning("the log can't be read now: %s", first_line(error))
                 time.sleep(random.uniform(0.5, 1))  # the database may be starting
                 continue
-            if pruned > position:
-                return subscriber.close_with(SERVICE_RESTART, "the log was pruned")
             if page:
                 subscriber.put_and_wait(b"".join([n.frame(bare=False) for n in page]))
                 position = page[-1].seq or 0

@@ -10,6 +10,7 @@ deadline that PATIENCE scales.
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import http.client
@@ -732,7 +733,7 @@ def test_every_flag_has_its_default_from_the_environment(database: Database) -> 
         "PGPUBSUB_ORIGIN": "https://else.where",
         "PGPUBSUB_ID": "for",
         "PGPUBSUB_BACKLOG": "20000",
-        "PGPUBSUB_PING": "0.1",
+        "PGPUBSUB_PING": "0.5",
         "PGPUBSUB_MAX": "2",
     }
     with serving(dsn=None, env=env) as server:
@@ -761,7 +762,7 @@ def test_the_defaults_are_the_contracts() -> None:
     code = "import pgpubsub; print(vars(pgpubsub.parse(['-chan', 'foo'])))"
     env = script_environment({"PYTHONPATH": str(SCRIPT.parent)})
     shown = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
-    defaults = eval(shown)
+    defaults = ast.literal_eval(shown)
     assert defaults["conn"] == "postgresql://postgres@localhost:5432"
     assert (defaults["port"], defaults["id"], defaults["max"]) == (80, "id", 10000)
     assert (defaults["backlog"], defaults["ping"]) == (BACKLOG, 25)
@@ -1197,17 +1198,16 @@ def test_a_client_that_no_longer_reads_nor_answers_is_gone_after_its_time(
 
 
 def test_messages_are_read_and_thrown_away(database: Database) -> None:
+    flags, no_flood = ("-chan", "foo"), "pgpubsub.MAX_INCOMING = 1 << 40"
     with (
-        serving("-chan", "foo", "-ping", "0.1", dsn=database.dsn) as server,
+        serving(*flags, dsn=database.dsn, patch=no_flood) as server,
         Wire(server, "/subscribe/foo") as wire,
     ):
         before = server.rss()
-        for _ in range(20):  # less than a flood between two pings, 16 MiB in all
-            opcode, payload = wire.read()
-            assert opcode == PING
-            wire.send(PONG, payload)
-            for _ in range(20):
-                wire.send(TEXT, b"x" * 42_000)
+        for _ in range(400):
+            wire.send(TEXT, b"x" * 50_000)
+        wire.send(PING, b"all read?")
+        assert wire.read() == (PONG, b"all read?")
         assert server.rss() - before < 6 * MiB
         database.notify("foo", "still here")
         assert wire.texts(1) == ["still here"]
