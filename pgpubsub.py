@@ -284,8 +284,8 @@ class Subscriber:
     def close_with(self, code: int, reason: str) -> None:
         """Queues a close frame: behind what waits, or in its place if it is too much."""
         if code == TRY_AGAIN_LATER:
-            with self._lock:  # but what has been sent in part must be sent whole
-                while self._queue and isinstance(self._queue[-1], bytes):
+            with self._lock:  # but for the first piece: it may have been sent in part,
+                while len(self._queue) > 1:  # and who comes back gets further each time
                     self.waiting -= len(self._queue.pop())
         self._put_close(frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
 

