@@ -84,6 +84,7 @@ HANDSHAKE_TIMEOUT = 10.0  # seconds for a whole request: a drip holds no thread
 CLOSE_TIMEOUT = 5.0  # seconds from a close frame to the end of the socket
 DATABASE_TIMEOUT = 5.0  # seconds without a byte from a database that owes an answer
 HEARTBEAT = 5.0  # seconds between questions to the database: a frozen one says nothing
+GRACE = 0.5  # seconds for the database to return before clients are told, and come back
 MAX_RETRY_DELAY = 5.0  # seconds between two attempts to reach the database again
 MAX_MESSAGE = 1 << 16  # bytes in a message from a client; nobody reads them
 MAX_INCOMING = 1 << 20  # bytes from a client between two pings; a pong has 6
@@ -419,6 +420,11 @@ class Subscriber:
 # connection brought for a feed becomes one bytes object, which they share.
 
 
+def close_all(subscribers: Iterable[Subscriber], code: int, reason: str) -> None:
+    for subscriber in subscribers:
+        subscriber.close_with(code, reason)
+
+
 class Feed:
     """The subscribers to the same channels, by the id that they asked for."""
 
@@ -618,8 +624,8 @@ class Subscriptions:
             self._queue_usage = queue_usage
             return f"{len(self._subscribers)} subscribers; listening: {self.up}"
 
-    def lose(self, code: int) -> int:
-        """The database is gone: closes who can't be complete, and returns how many.
+    def lose(self) -> list[Subscriber]:
+        """The database is gone. Who is returned can't be complete any more.
 
         Who follows the log stays, as the listener will read on where it was.
         """
@@ -629,20 +635,14 @@ class Subscriptions:
             for feed in [feed for feed in self._feeds.values() if not feed.log]:
                 self._dissolve(feed)
             self._changed.notify_all()
-        return self._close(code, "the database connection was lost", (False,))
+            return [s for s in self._subscribers if not s.wanted.log]
 
     def start_log(self, position: int | None) -> None:
         """The log is at this seq now, and who was at another one can't go on."""
         with self._changed:
             self.position = position
-        self._close(SERVICE_RESTART, "the log is not the one it was", (True,))
-
-    def _close(self, code: int, reason: str, kinds: tuple[bool, ...]) -> int:
-        with self._changed:
-            leaving = [s for s in self._subscribers if s.wanted.log in kinds]
-        for subscriber in leaving:
-            subscriber.close_with(code, reason)
-        return len(leaving)
+            followers = [s for s in self._subscribers if s.wanted.log]
+        close_all(followers, SERVICE_RESTART, "the log is not the one it was")
 
     # What operators and the main thread use.
 
@@ -671,7 +671,8 @@ class Subscriptions:
         """Says goodbye to all, waits until they are gone, and cuts off who is not."""
         with self._changed:
             self.up = False
-        self._close(GOING_AWAY, "the server is stopping", (False, True))
+            subscribers = list(self._subscribers)
+        close_all(subscribers, GOING_AWAY, "the server is stopping")
         with self._changed:
             self._changed.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT)
             late = list(self._subscribers)
@@ -816,6 +817,8 @@ class Listener(threading.Thread):
         while not self._stopping.is_set():
             try:
                 self._listen()
+            except NoAnswer as error:  # nor may there be one to the next question
+                self._reconnect(SERVICE_RESTART, first_line(error), grace=0)
             except psycopg2.Error as error:
                 said = [n for n in self._connection.notices if n.startswith("FATAL")]
                 self._reconnect(
@@ -904,20 +907,30 @@ class Listener(threading.Thread):
                 return
             self._subscriptions.publish(page)
 
-    def _reconnect(self, code: int, reason: str) -> None:
-        """Tries for ever, or until the server stops."""
-        closed = self._subscriptions.lose(code)
-        log.warning("lost the database: %s; closed %d subscribers", reason, closed)
+    def _reconnect(self, code: int, reason: str, grace: float = GRACE) -> None:
+        """Tries for ever, or until the server stops.
+
+        Who can't be complete is closed when the database is there again, or when it is
+        not soon: who comes back earlier would only be refused.
+        """
+        lost = self._subscriptions.lose()
+        log.warning("lost the database: %s; closing %d subscribers", reason, len(lost))
         tell_systemd("STATUS=the database is away")
-        delay = 0.1
-        while not self._stopping.wait(delay * random.uniform(0.5, 1)):
+        told = "the database connection was lost"
+        deadline, delay = time.monotonic() + grace, 0.1
+        while not self._stopping.is_set():
+            if time.monotonic() >= deadline:
+                close_all(lost, code, told)
+                lost = []
             try:
                 self._connection.close()
-                return self.connect()
+                self.connect()
+                return close_all(lost, code, told)
             except psycopg2.Error as error:
-                self._subscriptions.lose(code)  # those who came in between
+                lost += self._subscriptions.lose()  # those who came in between
                 log.warning("%s", unusable(self._parameters, error))
-                delay = min(2 * delay, MAX_RETRY_DELAY)
+            self._stopping.wait(delay * random.uniform(0.5, 1))
+            delay = min(2 * delay, MAX_RETRY_DELAY)
 
 
 def unusable(parameters: dict[str, str], error: psycopg2.Error) -> str:
@@ -1771,9 +1784,7 @@ def main() -> int:
     sys.setrecursionlimit(
         10_000
     )  # the 8,000 bytes of a NOTIFY are as many [ at the most
-    gc.set_threshold(
-        10_000
-    )  # objects; it is a quarter of what a storm of clients costs
+    gc.set_threshold(5_000, 5, 5)  # objects: a storm of clients costs a quarter less
     try:
         with demo(options) if options.demo else nullcontext():
             run(options)

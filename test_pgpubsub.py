@@ -3737,7 +3737,7 @@ def test_over_a_lost_connection_since_stays_open_and_others_get_1012(
         publish(log, "foo", "end")
         assert until_end(since) == until_end(also_since) == entries_after(log)
         assert plain.close_code() == SERVICE_RESTART
-        serves.wait_for_log("closed 1 subscribers")
+        serves.wait_for_log("closing 1 subscribers")
 
 
 def test_who_still_replays_when_the_connection_is_lost_goes_on(
