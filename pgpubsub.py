@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,7 +72,7 @@ from werkzeug.wrappers import Request, Response
 from wsproto.events import BytesMessage, TextMessage
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse
 
 __version__ = "1.0.0"
 log = logging.getLogger("pgpubsub")
@@ -94,6 +94,9 @@ MAX_PIECES = 512  # pieces in one send; the kernel's own limit is IOV_MAX, 1024
 MAX_DRAIN = 1000  # notifications published at once, so that the first need not wait
 SEND_BUFFER = 1 << 17  # bytes, which the kernel doubles: it would hide megabytes
 ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming back
+MAX_UNSETTLED = (
+    256  # handshakes and goodbyes; more threads would keep each other waiting
+)
 SPARE = 64  # connections past -max (to say 503, /metrics), and other descriptors
 POOL_SIZE = 4  # connections for the questions of requests
 PAGE_ROWS, PAGE_BYTES = 1000, 1 << 20  # what is read from the log at once, at the most
@@ -212,6 +215,9 @@ class Deadlines:
     def clear(self, sock: socket.socket) -> None:
         with self._lock:
             self._deadlines.pop(sock, None)
+
+    def __len__(self) -> int:
+        return len(self._deadlines)
 
     def enforce(self) -> None:
         """Ends the sockets that are late. Cheap, and to be called often."""
@@ -406,7 +412,9 @@ class Subscriber:
         """
         with self._lock:
             self._end(self.code or ABNORMAL)
-        with self._sending, suppress(OSError):
+        if self._sending.acquire(timeout=2 * CLOSE_TIMEOUT):  # the deadline comes first
+            self._sending.release()
+        with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
             while self._sock.recv(MAX_MESSAGE):
                 pass
@@ -425,6 +433,9 @@ def close_all(subscribers: Iterable[Subscriber], code: int, reason: str) -> None
         subscriber.close_with(code, reason)
 
 
+Share = tuple[bytes, int, list[Subscriber]]  # frames, how many they are, for whom
+
+
 class Feed:
     """The subscribers to the same channels, by the id that they asked for."""
 
@@ -437,19 +448,15 @@ class Feed:
     def needs_ids(self) -> bool:
         return not self.bare or len(self.by_id) > (None in self.by_id)
 
-    def share(
-        self, batch: list[Notification]
-    ) -> Iterator[tuple[bytes, int, list[Any]]]:
-        """Which frames of a batch, joined, and how many, go to which subscribers."""
+    def share(self, batch: list[Notification]) -> Iterator[Share]:
+        """What of a batch goes to which subscribers."""
         frames = [(n.id, n.frame(self.bare)) for n in batch]
         everybody = [data for to, data in frames if to is None]
         joined = b"".join(everybody)
         named = {to for to, _ in frames if to is not None}
         for wish, subscribers in self.by_id.items():
             if wish in named or (wish is None and named):
-                some = [
-                    data for to, data in frames if wish is None or to in (None, wish)
-                ]
+                some = [d for to, d in frames if wish is None or to in (None, wish)]
                 yield b"".join(some), len(some), list(subscribers)
             elif everybody:
                 yield joined, len(everybody), list(subscribers)
@@ -474,16 +481,12 @@ class Subscriptions:
         self._changed = threading.Condition(threading.Lock())
         self.up = False  # the listener is connected
         self._listening: set[str] = set()  # channels that the database is sending
-        self.position: int | None = (
-            None  # the last seq published; None: there is no log
-        )
+        self.position: int | None = None  # last seq published; None: there is no log
         self._feeds: dict[tuple[frozenset[str], bool], Feed] = {}
         self._by_channel: dict[str, set[Feed]] = {}
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
         self._queue_usage = 0.0  # share of PostgreSQL's notification queue
-        self._counts = Counter(
-            {RECONNECTS: -1}
-        )  # samples of the metrics that only grow
+        self._counts = Counter({RECONNECTS: -1})  # samples of metrics that only grow
 
     def entry(self, channel: str) -> str | None:
         """The entry of -chan that serves a channel, or None."""
@@ -591,9 +594,8 @@ class Subscriptions:
             self._counts["pgpubsub_deliveries_total"] += delivered
             for channel, count in Counter([n.channel for n in batch]).items():
                 if entry := self.entry(channel):
-                    self._counts[sample("notifications_total", "channel", entry)] += (
-                        count
-                    )
+                    name = sample("notifications_total", "channel", entry)
+                    self._counts[name] += count
         for data, _, subscribers in shares:
             for subscriber in subscribers:
                 subscriber.put(data)
@@ -803,9 +805,7 @@ class Listener(threading.Thread):
         self._cursor = self._connection.cursor()
         info = self._connection.info
         if self._ask("select pg_backend_pid()") != [(info.backend_pid,)]:
-            log.warning(
-                "a pooler is in between: LISTEN hears nothing in transaction mode"
-            )
+            log.warning("this is a pooler: in transaction mode LISTEN hears nothing")
         self._resume_log()
         self._synchronise()
         self._next_beat = 0.0
@@ -860,14 +860,11 @@ class Listener(threading.Thread):
         """LISTENs to what is wanted and UNLISTENs what nobody wants any more."""
         while True:
             listen, unlisten = self._subscriptions.changes()
-            commands = [
-                *zip(repeat("UNLISTEN"), unlisten),
-                *zip(repeat("LISTEN"), listen),
-            ]
-            for verb, channel in commands:
-                self._ask(sql.SQL(verb + " {}").format(sql.Identifier(channel)))
+            for verb, channels in (("UNLISTEN {}", unlisten), ("LISTEN {}", listen)):
+                for channel in channels:
+                    self._ask(sql.SQL(verb).format(sql.Identifier(channel)))
             self._subscriptions.hear(listen)
-            if not commands:
+            if not listen and not unlisten:
                 return
 
     def _drain(self) -> bool:
@@ -1088,13 +1085,14 @@ class Application:
             "/metrics": lambda: Response(subscriptions.metrics()),
         }
 
-    def __call__(
-        self, environ: WSGIEnvironment, start: StartResponse
-    ) -> Iterable[bytes]:
+    def __call__(self, environ: Any, start: StartResponse) -> Iterable[bytes]:
+        sock = environ["werkzeug.socket"]
+        self.deadlines.clear(sock)  # the client has done its part
         try:
             response = self._respond(Request(environ))
         except HTTPException as error:
             response = error.get_response(environ)
+        self.deadlines.set(sock, HANDSHAKE_TIMEOUT)
         return response(environ, start)
 
     def _respond(self, request: Request) -> Response:
@@ -1171,18 +1169,14 @@ class Application:
         if since in ("0", "now"):
             return int(pruned if since == "0" else newest)
         if int(since) < pruned:
-            raise refusal(
-                410, f"the log is pruned up to {pruned}: fetch the state again"
-            )
+            raise refusal(410, f"the log is pruned up to {pruned}: fetch the state")
         if int(since) > newest:
             raise refusal(400, f"the log ends at {newest}: it is not the one you knew")
         return int(since)
 
     # The websocket.
 
-    def _converse(
-        self, subscriber: Subscriber, request: Request, position: int
-    ) -> None:
+    def _converse(self, subscriber: Subscriber, request: Request, start: int) -> None:
         """A websocket's whole life, from the 101 on."""
         environ = {
             "werkzeug.socket": subscriber,
@@ -1206,7 +1200,7 @@ class Application:
             websocket.input_buffer = deque(maxlen=0)  # nobody reads what clients say
             websocket.ws.events = partial(without_text, websocket.ws.events)
             if subscriber.wanted.log:
-                start_new_thread(self._follow_log, (subscriber, position))
+                start_new_thread(self._follow_log, (subscriber, start))
             websocket.thread.run()
         except Exception:
             log.exception("closed %s: its reader failed", subscriber.name)
@@ -1335,9 +1329,7 @@ class Handler(WSGIRequestHandler):
 class Server(ThreadedWSGIServer):
     """Accepts connections up to a limit, and enforces their deadlines."""
 
-    def __init__(
-        self, listening: socket.socket, app: Application, maximum: int
-    ) -> None:
+    def __init__(self, listening: socket.socket, app: Application, maximum: int):
         host, port = listening.getsockname()[:2]
         super().__init__(host, port, app, Handler, fd=listening.fileno())
         listening.close()  # werkzeug has duplicated it
@@ -1351,6 +1343,10 @@ class Server(ThreadedWSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
         self._deadlines.set(request, HANDSHAKE_TIMEOUT)
+        if len(self._deadlines) > MAX_UNSETTLED:
+            time.sleep(
+                0.001
+            )  # in a storm the kernel's queue is the better place to wait
         # A threading.Thread costs 6 KiB more, and waits until it has started.
         start_new_thread(self.process_request_thread, (request, client_address))
 
@@ -1781,9 +1777,7 @@ def main() -> int:
     options = parse(sys.argv[1:])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
-    sys.setrecursionlimit(
-        10_000
-    )  # the 8,000 bytes of a NOTIFY are as many [ at the most
+    sys.setrecursionlimit(10_000)  # for JSON: the 8,000 bytes of a NOTIFY can all be [
     gc.set_threshold(5_000, 5, 5)  # objects: a storm of clients costs a quarter less
     try:
         with demo(options) if options.demo else nullcontext():
