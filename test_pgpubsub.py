@@ -3794,7 +3794,12 @@ def test_what_is_pruned_before_it_was_read_is_not_skipped_silently(
         log.sql("select pgpubsub.prune('0')")
         publish(log, "foo", "c")
         serves.send_signal(signal.SIGCONT)
-        assert wire.end() == ([], SERVICE_RESTART)
+        opcode, data = wire.read()
+        if opcode == TEXT:  # a query was under way, and had b: then nothing is missing
+            assert entry(data.decode()).payload == "b"
+            assert [e.payload for e in entries(wire, 1)] == ["c"]
+        else:
+            assert (opcode, data[:2]) == (CLOSE, SERVICE_RESTART.to_bytes(2, "big"))
 
 
 SIEGE = 10.0  # seconds
