@@ -97,6 +97,7 @@ ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming
 MAX_UNSETTLED = (
     256  # handshakes and goodbyes; more threads would keep each other waiting
 )
+PACE = 0.001  # seconds between two accepts while there are more than those
 SPARE = 64  # connections past -max (to say 503, /metrics), and other descriptors
 POOL_SIZE = 4  # connections for the questions of requests
 PAGE_ROWS, PAGE_BYTES = 1000, 1 << 20  # what is read from the log at once, at the most
@@ -506,8 +507,7 @@ class Subscriptions:
                 raise refusal(503, "the database is away", Retry_After="1")
             if len(self._subscribers) >= self._maximum:
                 raise refusal(503, "too many connections", Retry_After="5")
-            on_demand = (self._by_channel.keys() | channels) - self.exact
-            if len(on_demand) > MAX_ON_DEMAND and not channels <= self.exact:
+            if not channels <= self.exact and self._on_demand(channels) > MAX_ON_DEMAND:
                 raise refusal(503, "too many channels", Retry_After="5")
             self._subscribers.add(subscriber)
             if log:
@@ -522,6 +522,9 @@ class Subscriptions:
             )
             if not channels <= self._listening:
                 raise refusal(503, "the database is away", Retry_After="1")
+
+    def _on_demand(self, more: frozenset[str]) -> int:
+        return len((self._by_channel.keys() | more) - self.exact)
 
     def join_log(self, subscriber: Subscriber, position: int) -> bool:
         """Joins one that has read the log up to a seq, if there is nothing after it.
@@ -540,7 +543,9 @@ class Subscriptions:
 
     def _join(self, subscriber: Subscriber) -> None:
         channels, client_id, log = subscriber.wanted
-        feed = self._feeds.setdefault((channels, log), Feed(channels, log))
+        feed = self._feeds.get((channels, log))
+        if feed is None:
+            feed = self._feeds[channels, log] = Feed(channels, log)
         feed.by_id[client_id].add(subscriber)
         for channel in channels:
             self._by_channel.setdefault(channel, set()).add(feed)
@@ -643,6 +648,7 @@ class Subscriptions:
         """The log is at this seq now, and who was at another one can't go on."""
         with self._changed:
             self.position = position
+            self._changed.notify_all()
             followers = [s for s in self._subscribers if s.wanted.log]
         close_all(followers, SERVICE_RESTART, "the log is not the one it was")
 
@@ -673,6 +679,7 @@ class Subscriptions:
         """Says goodbye to all, waits until they are gone, and cuts off who is not."""
         with self._changed:
             self.up = False
+            self._changed.notify_all()
             subscribers = list(self._subscribers)
         close_all(subscribers, GOING_AWAY, "the server is stopping")
         with self._changed:
@@ -771,6 +778,12 @@ def connect(parameters: dict[str, Any]) -> psycopg2.extensions.connection:
     return connection
 
 
+def fetch(cursor: Any, query: Any, values: Sequence[object]) -> list[Any]:
+    """The rows; none for a command. Raises psycopg2.Error."""
+    cursor.execute(query, values or None)  # with values, a % in it must be doubled
+    return list(cursor.fetchall()) if cursor.description else []
+
+
 def first_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -800,7 +813,7 @@ class Listener(threading.Thread):
         self.join(1.0)  # seconds: a frozen database is not waited for
 
     def connect(self) -> None:
-        """Connects and LISTENs; main calls it once, before start(). Raises psycopg2.Error."""
+        """Connects and LISTENs. Main calls it before start(). Raises psycopg2.Error."""
         self._connection = connect(self._parameters)
         self._cursor = self._connection.cursor()
         info = self._connection.info
@@ -846,8 +859,7 @@ class Listener(threading.Thread):
             self._beat()
 
     def _ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
-        self._cursor.execute(query, values or None)  # else a % must be doubled
-        return self._cursor.fetchall() if self._cursor.description else []
+        return fetch(self._cursor, query, values)
 
     def _beat(self) -> None:
         """Asks the database for a sign of life when it is time."""
@@ -1017,8 +1029,7 @@ class Pool:
     def _ask(self, connection: Any, query: Any, values: Sequence[object]) -> list[Any]:
         try:
             with connection.cursor() as cursor:
-                cursor.execute(query, values or None)
-                return list(cursor.fetchall())
+                return fetch(cursor, query, values)
         finally:
             if not connection.closed:
                 self._idle.append(connection)
@@ -1344,9 +1355,7 @@ class Server(ThreadedWSGIServer):
         self._connections.add(request)
         self._deadlines.set(request, HANDSHAKE_TIMEOUT)
         if len(self._deadlines) > MAX_UNSETTLED:
-            time.sleep(
-                0.001
-            )  # in a storm the kernel's queue is the better place to wait
+            time.sleep(PACE)  # in a storm the kernel's queue is a better place to wait
         # A threading.Thread costs 6 KiB more, and waits until it has started.
         start_new_thread(self.process_request_thread, (request, client_address))
 
@@ -1706,9 +1715,8 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """In one line, without what belongs to no flag: it may be a password."""
         if message.startswith("unrecognized arguments:"):
-            message = (
-                " ".join(["what is", *re.findall(r"(?<= )--?[a-z]+", message)]) + "?"
-            )
+            flags = re.findall(r"(?<= )--?[a-z]+", message)
+            message = f"{' '.join(['what is', *flags])}?"
         self.exit(2, f"pgpubsub: {message}; -help lists the flags\n")
 
 
@@ -1778,7 +1786,7 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
     sys.setrecursionlimit(10_000)  # for JSON: the 8,000 bytes of a NOTIFY can all be [
-    gc.set_threshold(5_000, 5, 5)  # objects: a storm of clients costs a quarter less
+    gc.set_threshold(5_000, 5, 5)  # objects: fewer collections in a storm of clients
     try:
         with demo(options) if options.demo else nullcontext():
             run(options)
