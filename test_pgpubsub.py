@@ -3951,6 +3951,8 @@ def test_a_slow_client_is_closed_with_1013_and_gets_further_every_time(
                 assert code == TRY_AGAIN_LATER
                 assert texts, "no progress"
                 seen += map(entry, texts)
+                # What is still being published live could close the next one, too.
+                wait_until_live(log, server, wire, seen)
         publish(log, "foo", "end")
         with Wire(server, f"/subscribe/foo?since={seen[-1].seq}") as wire:
             seen += until_end(wire)
