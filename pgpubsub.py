@@ -54,10 +54,11 @@ from _thread import start_new_thread
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from socket import MSG_DONTWAIT
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -186,12 +187,22 @@ def addressee(payload: str, attribute: str) -> str | None:
 # as long as something waits. So a slow client costs only itself.
 
 
+Bytes = bytes | memoryview
+
+
 class Subscription(NamedTuple):
     """What a request asks for."""
 
     channels: frozenset[str]
     id: str | None = None  # only what is for this client or for everybody; None: all
     log: bool = False  # follows the log, and nothing else
+
+
+def is_ready(what: Any, event: int, seconds: float | None = None) -> bool:
+    """Waits until a socket or a connection is ready; False: it was not in time."""
+    poller = select.poll()  # select.select() refuses descriptors over 1023
+    poller.register(what, event)
+    return bool(poller.poll(None if seconds is None else seconds * 1000))
 
 
 def end_socket(sock: socket.socket) -> None:
@@ -234,48 +245,61 @@ class Deadlines:
             end_socket(sock)
 
 
+@dataclass(slots=True, eq=False)
 class Subscriber:
     """One websocket: a queue for publishers, a socket for simple-websocket."""
 
-    def __init__(
-        self, environ: Any, wanted: Subscription, backlog: int, deadlines: Deadlines
-    ) -> None:
-        self.name = f"{environ['REMOTE_ADDR']} port {environ['REMOTE_PORT']}"
-        self.wanted = wanted
-        self._sock: socket.socket = environ["werkzeug.socket"]
-        self._backlog = backlog
-        self._deadlines = deadlines
-        self._received = 0  # bytes since the last ping; the reader's alone
-        self._lock = threading.Lock()  # guards the next four
-        self._queue: deque[bytes | memoryview] = deque()
-        self.waiting = 0  # bytes in the queue
-        self.sent = 0  # bytes that the socket has taken
-        self.code: int | None = None  # close code; nothing is queued once it is set
-        # Held by whoever is emptying the queue. The request's thread starts with it and
-        # lets it go behind the 101: until then, all that is published waits.
-        self._sending = threading.Lock()
+    sock: socket.socket
+    name: str  # of its peer, for the log
+    wanted: Subscription
+    backlog: int  # bytes that may wait
+    deadlines: Deadlines
+    _received: int = 0  # bytes since the last ping; the reader's alone
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock
+    )  # guards the next four
+    _queue: deque[Bytes] = field(
+        default_factory=lambda: deque([b""])
+    )  # the 101's place
+    waiting: int = 0  # bytes in the queue
+    sent: int = 0  # bytes that the socket has taken
+    code: int = 0  # close code; nothing is queued once it is set
+    # Held by whoever is emptying the queue. The request's thread starts with it and
+    # lets it go behind the 101: until then, all that is published waits.
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
         self._sending.acquire()
 
-    def put(self, data: bytes, code: int | None = None) -> bool:
+    def put(self, data: bytes, code: int = 0) -> bool:
         """Sends whole frames as soon as the socket takes them. Never blocks.
 
         With a code it is a close frame, after which the socket's time is limited.
         False: another close frame was first, and nothing may follow that.
         """
+        rest: Bytes = data
         with self._lock:
-            if self.code is not None:
+            if self.code:
                 return False
-            if code is not None:
+            if code:
                 self._end(code)
-            idle = self._sending.acquire(blocking=False)
-            sent = self._offer(data) if idle else 0
-            if sent < len(data):
-                self._enqueue(memoryview(data)[sent:] if sent else data)
-                if idle:
-                    self._start_writer()
-            elif idle:
-                self._sending.release()
-            full = code is None and self.waiting > self._backlog
+            if not self._queue:  # written out, as this is where the time goes
+                try:
+                    sent = self.sock.send(data, MSG_DONTWAIT)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:  # the peer is gone, which the reader finds out, too
+                    self._abandon()
+                    return True
+                self.sent += sent
+                if sent == len(data):
+                    return True
+                rest = memoryview(data)[sent:]
+            self._queue.append(rest)
+            self.waiting += len(rest)
+            if self._sending.acquire(blocking=False):
+                self._start_writer()
+            full = self.waiting > self.backlog and not code
         if full:
             self.close_with(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
         return True
@@ -284,10 +308,10 @@ class Subscriber:
         """Returns when the socket has taken all, or has ended."""
         self._sending.acquire()
         with self._lock:
-            ended = self.code is not None
-            if not ended:
-                self._enqueue(data)
-        self._sending.release() if ended else self._write()
+            if not self.code:
+                self._queue.append(data)
+                self.waiting += len(data)
+        self._write()
 
     def close_with(self, code: int, reason: str) -> None:
         """Queues a close frame: behind what waits, or in its place if it is too much."""
@@ -302,44 +326,11 @@ class Subscriber:
         if self.put(data, code) and code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
-    # The lock is held in the next six.
-
-    def _enqueue(self, data: bytes | memoryview) -> None:
-        self._queue.append(data)
-        self.waiting += len(data)
-
-    def _offer(self, data: bytes) -> int:
-        """Bytes that the socket takes at once. _sending is held, and nothing waits."""
-        try:
-            sent = self._sock.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError:  # the peer is gone, which the reader finds out, too
-            self._abandon()
-            return len(data)
-        self.sent += sent
-        return sent
+    # The lock is held in the next three.
 
     def _end(self, code: int) -> None:
         self.code = code
-        self._deadlines.set(self._sock, CLOSE_TIMEOUT)
-
-    def _push(self) -> None:
-        """Gives the socket what it takes in one call. _sending is held, too."""
-        pieces = list(islice(self._queue, MAX_PIECES))
-        try:
-            sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            return self._abandon()
-        self.waiting -= sent
-        self.sent += sent
-        for piece in pieces:
-            if sent < len(piece):
-                self._queue[0] = memoryview(piece)[sent:]
-                break
-            sent -= len(self._queue.popleft())
+        self.deadlines.set(self.sock, CLOSE_TIMEOUT)
 
     def _abandon(self) -> None:
         self._queue.clear()
@@ -354,18 +345,36 @@ class Subscriber:
             log.error("closed %s: no thread is to be had for a writer", self.name)
             self._abandon()
             self._sending.release()
-            end_socket(self._sock)
+            end_socket(self.sock)
+
+    # _sending is held in the next two.
 
     def _write(self) -> None:
         """Sends what waits as the socket takes it, then lets go of _sending."""
-        poller = select.poll()
-        poller.register(self._sock, select.POLLOUT)
-        while True:
-            poller.poll()
-            with self._lock:
-                self._push()
-                if not self._queue:
-                    return self._sending.release()
+        while not self._push():
+            is_ready(self.sock, select.POLLOUT)
+
+    def _push(self) -> bool:
+        """Gives the socket what it takes in one call. True: that was all."""
+        with self._lock:
+            pieces = list(islice(self._queue, MAX_PIECES))
+            sent = 0
+            try:
+                if pieces:  # else the socket may be closed
+                    sent = self.sock.sendmsg(pieces, (), MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._abandon()
+            self.waiting -= sent
+            self.sent += sent
+            while self._queue and sent >= len(self._queue[0]):
+                sent -= len(self._queue.popleft())
+            if self._queue:
+                self._queue[0] = memoryview(self._queue[0])[sent:]
+                return False
+            self._sending.release()
+            return True
 
     # What simple-websocket takes for a socket; its reader is the request's thread.
 
@@ -383,16 +392,16 @@ class Subscriber:
 
     def _open(self, handshake: bytes) -> None:
         """Sends the 101 before all that waits."""
-        self._sock.settimeout(None)
+        self.sock.settimeout(None)
         with self._lock:
-            self._queue.appendleft(handshake)
+            self._queue[0] = handshake
             self.waiting += len(handshake)
-            if self.code is None:  # else it is closing already, and has its deadline
-                self._deadlines.clear(self._sock)
+            if not self.code:  # else it is closing already, and has its deadline
+                self.deadlines.clear(self.sock)
         self._write()
 
     def recv(self, size: int) -> bytes:
-        data = self._sock.recv(size)
+        data = self.sock.recv(size)
         self._received += len(data)
         if self._received > MAX_INCOMING:
             self.close_with(POLICY_VIOLATION, "too many messages")
@@ -400,7 +409,7 @@ class Subscriber:
         return data
 
     def fileno(self) -> int:
-        return self._sock.fileno()
+        return self.sock.fileno()
 
     def close(self) -> None:
         """Not yet: finish() comes first, and then werkzeug closes the socket."""
@@ -416,12 +425,9 @@ class Subscriber:
         if self._sending.acquire(timeout=2 * CLOSE_TIMEOUT):  # the deadline comes first
             self._sending.release()
         with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-            while self._sock.recv(MAX_MESSAGE):
+            self.sock.shutdown(socket.SHUT_WR)
+            while self.sock.recv(MAX_MESSAGE):
                 pass
-
-    def cut(self) -> None:
-        end_socket(self._sock)
 
 
 # ---- Who wants what ------------------------------------------------------------------
@@ -481,13 +487,14 @@ class Subscriptions:
         # _listening, position or _subscribers have changed.
         self._changed = threading.Condition(threading.Lock())
         self.up = False  # the listener is connected
+        self._was_up = False  # once, at least
         self._listening: set[str] = set()  # channels that the database is sending
         self.position: int | None = None  # last seq published; None: there is no log
         self._feeds: dict[tuple[frozenset[str], bool], Feed] = {}
         self._by_channel: dict[str, set[Feed]] = {}
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
         self._queue_usage = 0.0  # share of PostgreSQL's notification queue
-        self._counts = Counter({RECONNECTS: -1})  # samples of metrics that only grow
+        self._counts: Counter[Sample] = Counter()  # of the metrics that only grow
 
     def entry(self, channel: str) -> str | None:
         """The entry of -chan that serves a channel, or None."""
@@ -536,10 +543,10 @@ class Subscriptions:
             self._changed.wait_for(
                 lambda: subscriber.code or (self.position or 0) >= position, HEARTBEAT
             )
-            if subscriber.code is None and self.position == position:
+            if not subscriber.code and self.position == position:
                 self._join(subscriber)
                 return True
-            return subscriber.code is not None
+            return bool(subscriber.code)
 
     def _join(self, subscriber: Subscriber) -> None:
         channels, client_id, log = subscriber.wanted
@@ -556,9 +563,9 @@ class Subscriptions:
         with self._changed:
             self._subscribers.discard(subscriber)
             if code := subscriber.code:  # else there was no websocket yet
-                known = code if code in KNOWN_CODES else "other"
-                self._counts[sample("closed_total", "code", known)] += 1
-            self._counts["pgpubsub_sent_bytes_total"] += subscriber.sent
+                known = code if code in CLOSE_CODES else "other"
+                self._counts["pgpubsub_closed_total", known] += 1
+            self._counts["pgpubsub_sent_bytes_total", ""] += subscriber.sent
             feed = self._feeds.get((channels, log))
             if feed and subscriber in feed.by_id.get(client_id, ()):
                 feed.by_id[client_id].remove(subscriber)
@@ -596,11 +603,9 @@ class Subscriptions:
                 self._changed.notify_all()
             shares = [share for feed in wanted for share in feed.share(wanted[feed])]
             delivered = sum(count * len(to) for _, count, to in shares)
-            self._counts["pgpubsub_deliveries_total"] += delivered
-            for channel, count in Counter([n.channel for n in batch]).items():
-                if entry := self.entry(channel):
-                    name = sample("notifications_total", "channel", entry)
-                    self._counts[name] += count
+            self._counts["pgpubsub_deliveries_total", ""] += delivered
+            name = "pgpubsub_notifications_total"
+            self._counts.update((name, self.entry(n.channel)) for n in batch)
         for data, _, subscribers in shares:
             for subscriber in subscribers:
                 subscriber.put(data)
@@ -621,8 +626,9 @@ class Subscriptions:
         """The database is sending these from now on."""
         with self._changed:
             self._listening |= channels
-            self._counts[RECONNECTS] += not self.up
-            self.up = True
+            if not self.up:
+                self._counts["pgpubsub_database_reconnects_total", ""] += self._was_up
+            self.up = self._was_up = True
             self._changed.notify_all()
 
     def beat(self, queue_usage: float) -> str:
@@ -657,22 +663,23 @@ class Subscriptions:
     def metrics(self) -> str:
         """In Prometheus' text format; no label is of a client's making."""
         with self._changed:
-            samples: dict[str, float] = defaultdict(float, self._counts)
-            samples["pgpubsub_listening"] = int(self.up)
-            samples["pg_notification_queue_usage"] = self._queue_usage
+            samples: dict[Sample, float] = defaultdict(float, self._counts)
+            samples["pgpubsub_listening", ""] = int(self.up)
+            samples["pg_notification_queue_usage", ""] = self._queue_usage
             subscribers = list(self._subscribers)
-        for entry in self._served:
-            samples[sample("subscribers", "channel", entry)] = 0
         for subscriber in subscribers:
-            samples["pgpubsub_sent_bytes_total"] += subscriber.sent
-            samples["pgpubsub_backlog_bytes"] += subscriber.waiting
+            samples["pgpubsub_sent_bytes_total", ""] += subscriber.sent
+            samples["pgpubsub_backlog_bytes", ""] += subscriber.waiting
             for channel in subscriber.wanted.channels:
-                samples[sample("subscribers", "channel", self.entry(channel))] += 1
+                samples["pgpubsub_subscribers", self.entry(channel)] += 1
+        values = {"channel": self._served, "code": CLOSE_CODES, "-": [""]}
         lines = []
-        for name, kind, help in (line.split(maxsplit=2) for line in METRICS):
+        for name, kind, label, help in (line.split(maxsplit=3) for line in METRICS):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-            values = {s: v for s, v in samples.items() if s.partition("{")[0] == name}
-            lines += [f"{s} {v}" for s, v in sorted((values or {name: 0}).items())]
+            for value in values[label]:
+                text = str(value).replace("\\", r"\\").replace('"', r"\"")
+                labels = f'{{{label}="{text}"}}'.replace("\n", r"\n") if text else ""
+                lines.append(f"{name}{labels} {samples[name, value]}")
         return "\n".join([*lines, ""])
 
     def stop(self) -> None:
@@ -686,28 +693,23 @@ class Subscriptions:
             self._changed.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT)
             late = list(self._subscribers)
         for subscriber in late:
-            subscriber.cut()
+            end_socket(subscriber.sock)
 
 
+# Name, kind, label and help, as Prometheus' text format has them.
 METRICS = """\
-pgpubsub_listening gauge Whether the database is heard.
-pgpubsub_subscribers gauge Open websockets, by entry of -chan.
-pgpubsub_notifications_total counter Notifications heard, by entry of -chan.
-pgpubsub_deliveries_total counter Notifications handed to subscribers.
-pgpubsub_sent_bytes_total counter Bytes that the sockets of subscribers have taken.
-pgpubsub_backlog_bytes gauge Bytes that wait for slow subscribers.
-pgpubsub_closed_total counter Websockets that have ended, by close code.
-pgpubsub_database_reconnects_total counter Connections to the database after a loss.
-pg_notification_queue_usage gauge Share of PostgreSQL's notification queue in use.
+pgpubsub_listening gauge - Whether the database is heard.
+pgpubsub_subscribers gauge channel Open websockets, by entry of -chan.
+pgpubsub_notifications_total counter channel Notifications heard, by entry of -chan.
+pgpubsub_deliveries_total counter - Notifications handed to subscribers.
+pgpubsub_sent_bytes_total counter - Bytes that the sockets of subscribers have taken.
+pgpubsub_backlog_bytes gauge - Bytes that wait for slow subscribers.
+pgpubsub_closed_total counter code Websockets that have ended, by close code.
+pgpubsub_database_reconnects_total counter - Connections to the database after a loss.
+pg_notification_queue_usage gauge - Share of PostgreSQL's notification queue in use.
 """.splitlines()
-RECONNECTS = "pgpubsub_database_reconnects_total"
-KNOWN_CODES = {*range(1000, 1004), *range(1005, 1015)}
-
-
-def sample(name: str, label: str, value: object) -> str:
-    """The name of a sample: PostgreSQL takes any character in a channel's name."""
-    text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'pgpubsub_{name}{{{label}="{text}"}}'
+CLOSE_CODES = [*range(1000, 1004), *range(1005, 1015), "other"]
+Sample = tuple[str, Any]  # the name of a metric, and the value of its label, if any
 
 
 def is_channel(name: str) -> bool:
@@ -732,9 +734,8 @@ def wait_for_database(connection: psycopg2.extensions.connection) -> None:
     """psycopg2's wait callback, for as long as a connect or a query is under way."""
     while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
         reading = state == psycopg2.extensions.POLL_READ
-        poller = select.poll()  # select.select() refuses descriptors over 1023
-        poller.register(connection, select.POLLIN if reading else select.POLLOUT)
-        if not poller.poll(DATABASE_TIMEOUT * 1000):
+        event = select.POLLIN if reading else select.POLLOUT
+        if not is_ready(connection, event, DATABASE_TIMEOUT):
             raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
 
 
@@ -1132,8 +1133,9 @@ class Application:
         if self._access:
             self._access.check(bearer_token(request), wanted)
         position = self._position(request.args["since"]) if wanted.log else 0
-        backlog = self._options.backlog
-        subscriber = Subscriber(request.environ, wanted, backlog, self.deadlines)
+        sock, backlog = request.environ["werkzeug.socket"], self._options.backlog
+        peer = f"{request.remote_addr} port {request.environ['REMOTE_PORT']}"
+        subscriber = Subscriber(sock, peer, wanted, backlog, self.deadlines)
         try:
             self._subscriptions.add(subscriber)
             check_upgrade(request)  # last, so that a plain GET tells what is wrong

@@ -4675,6 +4675,7 @@ def test_subscribers_notifications_and_deliveries_are_counted(
                 'pgpubsub_notifications_total{channel="foo"}': 4,
                 'pgpubsub_notifications_total{channel="bar"}': 3,
                 'pgpubsub_notifications_total{channel="order_*"}': 3,
+                'pgpubsub_notifications_total{channel="log?"}': 0,
             }
             assert values["pgpubsub_deliveries_total"] == 4 + (3 + 3) + 3
         wait_for(
