@@ -813,6 +813,10 @@ class Listener(threading.Thread):
         self.wake()
         self.join(1.0)  # seconds: a frozen database is not waited for
 
+    def close(self) -> None:
+        self._wake_reader.close()
+        self._wake_writer.close()
+
     def connect(self) -> None:
         """Connects and LISTENs. Main calls it before start(). Raises psycopg2.Error."""
         self._connection = connect(self._parameters)
@@ -1632,32 +1636,36 @@ def run(options: argparse.Namespace) -> None:
     parameters = connection_parameters(options.conn)
     maximum = raise_descriptor_limit(options.max + SPARE)
     subscriptions = Subscriptions(options.chan, options.id, min(options.max, maximum))
-    listener = Listener(parameters, subscriptions)
-    listening = open_port(options.host, options.port)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # inherited
-    listening.listen(ACCEPT_BACKLOG)
-    try:
-        application = Application(options, subscriptions, Pool(parameters))
+    with (
+        open_port(options.host, options.port) as listening,
+        closing(Listener(parameters, subscriptions)) as listener,
+    ):
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        listening.listen(ACCEPT_BACKLOG)
+        try:
+            application = Application(options, subscriptions, Pool(parameters))
+            listener.connect()
+        except psycopg2.Error as error:
+            raise StartupError(unusable(parameters, error)) from None
         server = Server(listening, application, maximum)
-        listener.connect()
-    except psycopg2.Error as error:
-        raise StartupError(unusable(parameters, error)) from None
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    listener.start()
-    threading.Thread(target=server.serve_forever, name="HTTP", daemon=True).start()
-    host = f"[{options.host}]" if ":" in options.host else options.host or "localhost"
-    log.info("serving %s on http://%s:%d", ", ".join(options.chan), host, server.port)
-    tell_systemd("READY=1")
-    signal.sigwait(STOP_SIGNALS)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)  # the next one ends the process at once
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    log.info("stopping")
-    tell_systemd("STOPPING=1")
-    server.shutdown()  # 1. accept no more
-    listener.stop()  # 2. publish what has arrived
-    subscriptions.stop()  # 3. send what is queued, and say goodbye
-    log.info("stopped")
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        listener.start()
+        threading.Thread(target=server.serve_forever, name="HTTP", daemon=True).start()
+        channels, host = ", ".join(options.chan), options.host or "localhost"
+        host = f"[{host}]" if ":" in host else host
+        log.info("serving %s on http://%s:%d", channels, host, server.port)
+        tell_systemd("READY=1")
+        signal.sigwait(STOP_SIGNALS)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)  # the next one ends the process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        log.info("stopping")
+        tell_systemd("STOPPING=1")
+        server.shutdown()  # 1. accept no more
+        listener.stop()  # 2. publish what has arrived
+        subscriptions.stop()  # 3. send what is queued, and say goodbye
+        server.server_close()
+        log.info("stopped")
 
 
 @contextmanager
