@@ -735,9 +735,22 @@ class NoAnswer(psycopg2.OperationalError):
     """The database did not answer in DATABASE_TIMEOUT."""
 
 
-def wait_for_database(connection: psycopg2.extensions.connection) -> None:
-    """psycopg2's wait callback, for as long as a connect or a query is under way."""
+class Connection(psycopg2.extensions.connection):
+    """A connection to the database."""
+
+    publish: Callable[[], None] = staticmethod(lambda: None)  # what it has heard
+
+
+def wait_for_database(connection: Connection) -> None:
+    """psycopg2's wait callback, for as long as a connect or a query is under way.
+
+    PostgreSQL sends all notifications that wait before it looks at a query. In a flood
+    they are millions, so they are published before the answer is there.
+    """
     while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
+        if len(connection.notifies) >= MAX_DRAIN:
+            connection.publish()
+            tell_systemd("WATCHDOG=1")  # the database is well, just busy
         reading = state == psycopg2.extensions.POLL_READ
         event = select.POLLIN if reading else select.POLLOUT
         if not is_ready(connection, event, DATABASE_TIMEOUT):
@@ -775,9 +788,10 @@ def connection_parameters(conn: str) -> dict[str, str]:
     return defaults | given
 
 
-def connect(parameters: dict[str, Any]) -> psycopg2.extensions.connection:
+def connect(parameters: dict[str, Any]) -> Connection:
     """A connection in autocommit, which decodes all text. Raises psycopg2.Error."""
-    connection: psycopg2.extensions.connection = psycopg2.connect(**parameters)
+    connection: Connection
+    connection = psycopg2.connect(connection_factory=Connection, **parameters)
     connection.autocommit = True  # else a LISTEN would wait for a commit
     ascii = connection.info.parameter_status("server_encoding") == "SQL_ASCII"
     connection.set_client_encoding("SQL_ASCII" if ascii else "UTF8")
@@ -806,6 +820,7 @@ class Listener(threading.Thread):
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._stopping = threading.Event()
+        self._rung = False  # the doorbell was heard; the log is still to be read
 
     def wake(self) -> None:
         """Makes the listener look at what is wanted. Any thread may call it."""
@@ -825,6 +840,7 @@ class Listener(threading.Thread):
     def connect(self) -> None:
         """Connects and LISTENs. Main calls it before start(). Raises psycopg2.Error."""
         self._connection = connect(self._parameters)
+        self._connection.publish = self._publish
         self._cursor = self._connection.cursor()
         info = self._connection.info
         if self._ask("select pg_backend_pid()") != [(info.backend_pid,)]:
@@ -856,11 +872,10 @@ class Listener(threading.Thread):
         poller.register(self._connection, select.POLLIN)
         poller.register(self._wake_reader, select.POLLIN)
         while True:
-            while self._drain():  # with what has come with the answers to queries
-                pass
-            if self._stopping.is_set():
+            drained = not self._drain()  # of what came with answers to queries, too
+            if drained and self._stopping.is_set():
                 return
-            patience = max(0.0, self._next_beat - time.monotonic())
+            patience = max(0.0, self._next_beat - time.monotonic()) if drained else 0.0
             ready = [descriptor for descriptor, _ in poller.poll(patience * 1000)]
             if self._wake_reader.fileno() in ready:
                 self._wake_reader.recv(4096)
@@ -896,12 +911,18 @@ class Listener(threading.Thread):
             self._connection.poll()
         if not notifies:
             return False
+        self._publish()
+        if self._rung:
+            self._rung = False
+            self._read_log()
+        return True
+
+    def _publish(self) -> None:
+        notifies = self._connection.notifies
         batch = [Notification(n.channel, n.payload) for n in notifies]
         notifies.clear()
         self._subscriptions.publish(batch)
-        if any(notification.channel == DOORBELL for notification in batch):
-            self._read_log()
-        return True
+        self._rung |= any(notification.channel == DOORBELL for notification in batch)
 
     def _resume_log(self) -> None:
         """Goes on behind the last seq that was published, if the log still has it."""

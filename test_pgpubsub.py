@@ -1155,6 +1155,39 @@ pgpubsub.addressee = fail
             assert wire.texts(1) == ["after"]
 
 
+QUESTIONS_IN_A_FLOOD = """
+def drain(self, drain=pgpubsub.Listener._drain):
+    self._beat()  # as it happens when a flood pauses for a moment
+    return drain(self)
+def publish(self, batch, publish=pgpubsub.Subscriptions.publish):
+    pgpubsub.time.sleep(2e-5 * len(batch))  # no client of this test is too slow
+    publish(self, batch)
+pgpubsub.Listener._drain = drain
+pgpubsub.Subscriptions.publish = publish
+pgpubsub.HEARTBEAT = 0.01
+"""
+
+
+def test_a_flood_does_not_wait_for_the_answer_to_a_heartbeat(
+    database: Database,
+) -> None:
+    # PostgreSQL sends all of the flood before it. To publish that at once would take
+    # time and memory, and fill the backlogs of clients that are not slow at all.
+    flags = ("-chan", "foo", "-backlog", str(4 * MiB))
+    with (
+        serving(*flags, dsn=database.dsn, patch=QUESTIONS_IN_A_FLOOD) as server,
+        Wire(server, "/subscribe/foo") as wire,
+    ):
+        numbers = range(100_000)
+        query = (
+            "select pg_notify('foo', lpad(n::text, 100)) from generate_series(%s, %s) n"
+        )
+        database.sql(query, [numbers[0], numbers[-1]])
+        assert [int(text) for text in wire.texts(len(numbers))] == [*numbers]
+        database.notify("foo", "and on")
+        assert wire.texts(1) == ["and on"], "it is still open"
+
+
 WRITERS_FAIL = """
 def fail(what, event, seconds=None, ready=pgpubsub.is_ready):
     if event == pgpubsub.select.POLLOUT and hasattr(what, "sendmsg"):
@@ -4902,6 +4935,31 @@ def test_the_watchdog_is_fed_only_while_the_database_is_heard(
         finally:
             fragile.start()
         abstract.wait_for("^WATCHDOG=1$", fed + 2)
+
+
+LAGGING = """
+def publish(self, batch, publish=pgpubsub.Subscriptions.publish):
+    pgpubsub.time.sleep(1e-3 * len(batch))
+    publish(self, batch)
+pgpubsub.Subscriptions.publish = publish
+pgpubsub.HEARTBEAT = 0.1
+"""
+
+
+def test_the_watchdog_is_fed_in_a_flood_that_does_not_end(
+    database: Database, abstract: Supervisor
+) -> None:
+    with (
+        serving(
+            "-chan", "foo", dsn=database.dsn, env=abstract.env, patch=LAGGING
+        ) as server,
+        Wire(server, "/subscribe/foo") as wire,
+    ):
+        query = "select pg_notify('foo', n || ' ' || repeat('x', 1000))"
+        database.sql(f"{query} from generate_series(1, 3000) n")
+        fed = abstract.count("^WATCHDOG=1$")
+        assert wire.texts(3000)
+        assert abstract.count("^WATCHDOG=1$") - fed >= 3
 
 
 def test_the_watchdog_is_not_fed_while_the_database_does_not_answer(
