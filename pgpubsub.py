@@ -93,7 +93,7 @@ MAX_INCOMING = 1 << 20  # bytes from a client between two pings; a pong has 6
 MAX_CHANNEL = 63  # bytes in a channel's name: past NAMEDATALEN - 1, LISTEN truncates
 MAX_ON_DEMAND = 10_000  # channels LISTENed to because of a pattern
 MAX_PIECES = 512  # pieces in one send; the kernel's own limit is IOV_MAX, 1024
-MAX_DRAIN = 1000  # notifications published at once, so that the first need not wait
+MAX_READS = 8  # of 16 KiB from libpq are published at once: a socket can take them
 SEND_BUFFER = 1 << 17  # bytes, which the kernel doubles: it would hide megabytes
 ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming back
 MAX_UNSETTLED = 256  # handshakes and goodbyes: more would keep each other waiting
@@ -747,8 +747,10 @@ def wait_for_database(connection: Connection) -> None:
     PostgreSQL sends all notifications that wait before it looks at a query. In a flood
     they are millions, so they are published before the answer is there.
     """
+    reads = 0
     while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        if len(connection.notifies) >= MAX_DRAIN:
+        reads += 1
+        if reads % MAX_READS == 0 and connection.notifies:
             connection.publish()
             tell_systemd("WATCHDOG=1")  # the database is well, just busy
         reading = state == psycopg2.extensions.POLL_READ
@@ -905,10 +907,12 @@ class Listener(threading.Thread):
 
     def _drain(self) -> bool:
         """Publishes together what has arrived; False if there was nothing."""
-        notifies, heard = self._connection.notifies, -1
-        while heard < len(notifies) < MAX_DRAIN:
+        notifies = self._connection.notifies
+        for _ in range(MAX_READS):
             heard = len(notifies)
             self._connection.poll()
+            if len(notifies) == heard:
+                break
         if not notifies:
             return False
         self._publish()
@@ -1602,12 +1606,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def tell_systemd(state: str) -> None:
-    """sd_notify(3); silent where systemd did not start the server."""
+    """sd_notify(3); silent where systemd did not start the server, or is busy."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with datagrams as sock, suppress(OSError):
             sock.connect(re.sub("^@", "\0", address))
-            sock.send(state.encode())
+            sock.send(state.encode(), MSG_DONTWAIT)
 
 
 def open_port(host: str, port: int) -> socket.socket:

@@ -1188,6 +1188,29 @@ def test_a_flood_does_not_wait_for_the_answer_to_a_heartbeat(
         assert wire.texts(1) == ["and on"], "it is still open"
 
 
+BIG_BATCHES_ARE_ERRORS = """
+def publish(self, batch, publish=pgpubsub.Subscriptions.publish):
+    pgpubsub.time.sleep(0.005)  # so that more is always there
+    size = sum(len(notification.payload) for notification in batch)
+    if size > 160 << 10:
+        pgpubsub.log.error("too much at once: %d bytes", size)
+    publish(self, batch)
+pgpubsub.Subscriptions.publish = publish
+"""
+
+
+def test_no_more_is_published_at_once_than_a_socket_takes(database: Database) -> None:
+    # With megabytes at once, a hundred clients were closed that were not slow at all.
+    patch = BIG_BATCHES_ARE_ERRORS
+    with (
+        serving("-chan", "foo", dsn=database.dsn, patch=patch) as server,
+        Wire(server, "/subscribe/foo") as wire,
+    ):
+        sent = database.flood("foo", 2000, 7900)
+        assert wire.texts(len(sent)) == sent
+        assert server.count_log("too much at once") == 0
+
+
 WRITERS_FAIL = """
 def fail(what, event, seconds=None, ready=pgpubsub.is_ready):
     if event == pgpubsub.select.POLLOUT and hasattr(what, "sendmsg"):
