@@ -426,8 +426,9 @@ class Serving:
 
     def written(self) -> str:
         """All that it has written, when it has ended."""
-        assert self._process.stdout is not None
-        return "\n".join([*self.log, self._process.stdout.read()])
+        with self._process as process:  # which closes its pipes
+            assert process.stdout is not None
+            return "\n".join([*self.log, process.stdout.read()])
 
 
 @contextmanager
@@ -1016,6 +1017,8 @@ def test_frames_of_1013_follow_whole_frames_while_pings_come(
             for wire in wires:
                 with suppress(OSError):
                     wire.send(PING, b"ping")
+        heard = 'pgpubsub_notifications_total{channel="foo"}'
+        wait_for(lambda: metrics(server)[heard] == 200, "all is published")
         with ThreadPoolExecutor(10) as pool:
             codes = list(pool.map(Wire.close_code, wires))
         assert codes == [TRY_AGAIN_LATER] * 10
