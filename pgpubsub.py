@@ -136,41 +136,31 @@ def frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
-@dataclass(slots=True)
-class Notification:
+class Notification(NamedTuple):
     """What one NOTIFY, or one row of the log, says."""
 
     channel: str
+    id: str | None  # the client that it is for; None: everybody
+    seq: int | None  # its place in the log; None: a plain NOTIFY
     payload: str
-    id: str | None = None  # the client that it is for; None: everybody
-    seq: int | None = None  # its place in the log; None: a plain NOTIFY
 
     def frame(self, bare: bool) -> bytes:
         """The frame that carries the payload alone, or all of it as JSON."""
-        if bare:
-            return frame(TEXT, self.payload.encode())
-        fields = {name: getattr(self, name) for name in ("channel", "id", "seq")}
-        text = json.dumps({**fields, "payload": self.payload}, ensure_ascii=False)
+        text = self.payload if bare else json.dumps(self._asdict(), ensure_ascii=False)
         # A \u escape in the payload can make the id half of a surrogate pair.
         return frame(TEXT, text.encode("utf-8", "replace"))
 
 
 def addressee(payload: str, attribute: str) -> str | None:
-    """The client ID in a payload that is a JSON object, to the letter.
+    """The client ID in a payload that is a JSON object, to the letter; else None.
 
     A number stays as it is written (42.0 is not 42): no two ids are ever confused.
     What is nested too deeply to be read is for a client that can't exist.
     """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")  # json takes NaN and Infinity
-
     if not payload.lstrip(" \t\r\n").startswith("{"):
         return None
-    try:
-        fields = json.loads(
-            payload, parse_int=str, parse_float=str, parse_constant=refuse
-        )
+    try:  # json takes NaN and Infinity, too, which int() does not
+        fields = json.loads(payload, parse_int=str, parse_float=str, parse_constant=int)
     except ValueError:
         return None
     except RecursionError:
@@ -184,9 +174,6 @@ def addressee(payload: str, attribute: str) -> str | None:
 # put() offers the bytes to the socket without blocking. What the kernel does not take
 # waits, as references to bytes that all subscribers share, and a writer thread lives for
 # as long as something waits. So a slow client costs only itself.
-
-
-Bytes = bytes | memoryview
 
 
 class Subscription(NamedTuple):
@@ -232,14 +219,11 @@ class Deadlines:
 
     def enforce(self) -> None:
         """Ends the sockets that are late. Cheap, and to be called often."""
-        now = time.monotonic()
+        late, now = [], time.monotonic()
         with self._lock:
-            if now < self._next_look:
-                return
-            self._next_look = now + 0.25
-            late = [
-                sock for sock, deadline in self._deadlines.items() if deadline <= now
-            ]
+            if now >= self._next_look:
+                self._next_look = now + 0.25
+                late = [sock for sock, when in self._deadlines.items() if when <= now]
         for sock in late:
             end_socket(sock)
 
@@ -256,7 +240,7 @@ class Subscriber:
     _received: int = 0  # bytes since the last ping; the reader's alone
     # Guards the next four. The queue begins with the 101's place.
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _queue: deque[Bytes] = field(default_factory=lambda: deque([b""]))
+    _queue: deque[bytes | memoryview] = field(default_factory=lambda: deque([b""]))
     waiting: int = 0  # bytes in the queue
     sent: int = 0  # bytes that the socket has taken
     code: int = 0  # close code; nothing is queued once it is set
@@ -273,7 +257,7 @@ class Subscriber:
         With a code it is a close frame, after which the socket's time is limited.
         False: another close frame was first, and nothing may follow that.
         """
-        rest: Bytes = data
+        rest: bytes | memoryview = data
         with self._lock:
             if self.code:
                 return False
@@ -284,7 +268,7 @@ class Subscriber:
                     sent = self.sock.send(data, MSG_DONTWAIT)
                 except BlockingIOError:
                     sent = 0
-                except OSError:  # the peer is gone, which the reader finds out, too
+                except OSError:  # the peer is gone
                     self._abandon()
                     return True
                 self.sent += sent
@@ -322,16 +306,17 @@ class Subscriber:
         if self.put(data, code) and code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
-    # The lock is held in the next four.
+    # The lock is held in the next three.
 
     def _end(self, code: int) -> None:
-        self.code = code
+        self.code = self.code or code
         self.deadlines.set(self.sock, CLOSE_TIMEOUT)
 
     def _abandon(self) -> None:
         self._queue.clear()
         self.waiting = 0
-        self._end(self.code or ABNORMAL)
+        self._end(ABNORMAL)
+        end_socket(self.sock)  # its reader finds out
 
     def _start_writer(self) -> None:
         """_sending is held, too, and becomes the writer's."""
@@ -339,13 +324,8 @@ class Subscriber:
             start_new_thread(self._write, ())
         except RuntimeError:
             log.error("closed %s: no thread is to be had for a writer", self.name)
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """_sending is held, too, and let go."""
-        self._abandon()
-        self._sending.release()
-        end_socket(self.sock)
+            self._abandon()
+            self._sending.release()
 
     # _sending is held in the next two.
 
@@ -357,7 +337,8 @@ class Subscriber:
         except Exception:
             log.exception("closed %s: its writer failed", self.name)
             with self._lock:
-                self._give_up()
+                self._abandon()
+                self._sending.release()
 
     def _push(self) -> bool:
         """Gives the socket what it takes in one call. True: that was all."""
@@ -426,7 +407,7 @@ class Subscriber:
         frame may be lost on its way (RFC 6455, section 7.1.1).
         """
         with self._lock:
-            self._end(self.code or ABNORMAL)
+            self._end(ABNORMAL)
         if self._sending.acquire(timeout=2 * CLOSE_TIMEOUT):  # the deadline comes first
             self._sending.release()
         with suppress(OSError):
@@ -498,8 +479,7 @@ class Subscriptions:
         self._feeds: dict[tuple[frozenset[str], bool], Feed] = {}
         self._by_channel: dict[str, set[Feed]] = {}
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
-        self._queue_usage = 0.0  # share of PostgreSQL's notification queue
-        self._counts: Counter[Sample] = Counter()  # of the metrics that only grow
+        self._metrics: defaultdict[Sample, float] = defaultdict(float)
 
     def entry(self, channel: str) -> str | None:
         """The entry of -chan that serves a channel, or None."""
@@ -569,8 +549,8 @@ class Subscriptions:
             self._subscribers.discard(subscriber)
             if code := subscriber.code:  # else there was no websocket yet
                 known = code if code in CLOSE_CODES else "other"
-                self._counts["pgpubsub_closed_total", known] += 1
-            self._counts["pgpubsub_sent_bytes_total", ""] += subscriber.sent
+                self._metrics["pgpubsub_closed_total", known] += 1
+            self._metrics["pgpubsub_sent_bytes_total", ""] += subscriber.sent
             feed = self._feeds.get((channels, log))
             if feed and subscriber in feed.by_id.get(client_id, ()):
                 feed.by_id[client_id].remove(subscriber)
@@ -599,7 +579,8 @@ class Subscriptions:
                 plain = notification.seq is None
                 feeds = self._by_channel.get(notification.channel, ())
                 if plain and any(feed.needs_ids() for feed in feeds):
-                    notification.id = addressee(notification.payload, self._attribute)
+                    to = addressee(notification.payload, self._attribute)
+                    notification = notification._replace(id=to)
                 for feed in feeds:
                     if not (plain and feed.log):
                         wanted[feed].append(notification)
@@ -608,9 +589,10 @@ class Subscriptions:
                 self._changed.notify_all()
             shares = [share for feed in wanted for share in feed.share(wanted[feed])]
             delivered = sum(count * len(to) for _, count, to in shares)
-            self._counts["pgpubsub_deliveries_total", ""] += delivered
-            name = "pgpubsub_notifications_total"
-            self._counts.update((name, self.entry(n.channel)) for n in batch)
+            self._metrics["pgpubsub_deliveries_total", ""] += delivered
+            for channel, count in Counter(n.channel for n in batch).items():
+                sample = "pgpubsub_notifications_total", self.entry(channel)
+                self._metrics[sample] += count
         for data, _, subscribers in shares:
             for subscriber in subscribers:
                 subscriber.put(data)
@@ -632,14 +614,14 @@ class Subscriptions:
         with self._changed:
             self._listening |= channels
             if not self.up:
-                self._counts["pgpubsub_database_reconnects_total", ""] += self._was_up
+                self._metrics["pgpubsub_database_reconnects_total", ""] += self._was_up
             self.up = self._was_up = True
             self._changed.notify_all()
 
     def beat(self, queue_usage: float) -> str:
         """Takes what the heartbeat brought; returns the server's state in words."""
         with self._changed:
-            self._queue_usage = queue_usage
+            self._metrics["pg_notification_queue_usage", ""] = queue_usage
             return f"{len(self._subscribers)} subscribers; listening: {self.up}"
 
     def lose(self) -> list[Subscriber]:
@@ -668,9 +650,8 @@ class Subscriptions:
     def metrics(self) -> str:
         """In Prometheus' text format; no label is of a client's making."""
         with self._changed:
-            samples: dict[Sample, float] = defaultdict(float, self._counts)
+            samples = self._metrics.copy()
             samples["pgpubsub_listening", ""] = int(self.up)
-            samples["pg_notification_queue_usage", ""] = self._queue_usage
             subscribers = list(self._subscribers)
         for subscriber in subscribers:
             samples["pgpubsub_sent_bytes_total", ""] += subscriber.sent
@@ -818,26 +799,19 @@ class Listener(threading.Thread):
         self._parameters = parameters
         self._subscriptions = subscriptions
         subscriptions.wake_listener = self.wake
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
+        self._awake = os.eventfd(0)  # readable when somebody wants something
         self._stopping = threading.Event()
         self._rung = False  # the doorbell was heard; the log is still to be read
 
     def wake(self) -> None:
         """Makes the listener look at what is wanted. Any thread may call it."""
-        with suppress(BlockingIOError):  # it has been woken often enough
-            self._wake_writer.send(b"\0")
+        os.eventfd_write(self._awake, 1)
 
     def stop(self) -> None:
         """Publishes what has arrived, ends the thread and closes the connection."""
         self._stopping.set()
         self.wake()
         self.join(1.0)  # seconds: a frozen database is not waited for
-
-    def close(self) -> None:
-        self._wake_reader.close()
-        self._wake_writer.close()
 
     def connect(self) -> None:
         """Connects and LISTENs. Main calls it before start(). Raises psycopg2.Error."""
@@ -872,15 +846,15 @@ class Listener(threading.Thread):
     def _listen(self) -> None:
         poller = select.poll()
         poller.register(self._connection, select.POLLIN)
-        poller.register(self._wake_reader, select.POLLIN)
+        poller.register(self._awake, select.POLLIN)
         while True:
             drained = not self._drain()  # of what came with answers to queries, too
             if drained and self._stopping.is_set():
                 return
             patience = max(0.0, self._next_beat - time.monotonic()) if drained else 0.0
             ready = [descriptor for descriptor, _ in poller.poll(patience * 1000)]
-            if self._wake_reader.fileno() in ready:
-                self._wake_reader.recv(4096)
+            if self._awake in ready:
+                os.eventfd_read(self._awake)
                 self._synchronise()
             self._beat()
 
@@ -923,7 +897,7 @@ class Listener(threading.Thread):
 
     def _publish(self) -> None:
         notifies = self._connection.notifies
-        batch = [Notification(n.channel, n.payload) for n in notifies]
+        batch = [Notification(n.channel, None, None, n.payload) for n in notifies]
         notifies.clear()
         self._subscriptions.publish(batch)
         self._rung |= any(notification.channel == DOORBELL for notification in batch)
@@ -992,7 +966,7 @@ HAS_LOG = """
     where nspname = 'pgpubsub' and relname in ('notification', 'bounds')"""
 BOUNDS = "select pruned, newest from pgpubsub.bounds"
 LOG_PAGE = f"""
-    select pruned, channel, payload, id, seq from pgpubsub.bounds left join (
+    select pruned, channel, id, seq, payload from pgpubsub.bounds left join (
         select *, sum(octet_length(payload)) over (order by seq) - octet_length(payload)
             as bytes_before
         from (
@@ -1024,7 +998,7 @@ def read_log(
     rows = ask(LOG_PAGE, values)
     if rows[0][0] > after:
         raise Pruned("the log was pruned before it was read")
-    return [Notification(*row[1:]) for row in rows if row[-1] is not None]
+    return [Notification(*row[1:]) for row in rows if row[1] is not None]
 
 
 class Pool:
@@ -1061,20 +1035,21 @@ class Access:
     def __init__(self, pool: Pool, function: str) -> None:
         """Raises StartupError if there is no such function, or psycopg2.Error."""
         self._pool = pool
+        wanted = f"{function}(token text, channel text, id text) returns boolean"
         found = pool.ask(
-            "select nspname, proname from pg_proc join pg_namespace n"
-            " on n.oid = pronamespace where pg_proc.oid = to_regprocedure(%s)"
+            "select oid::regproc::text from pg_proc where oid = to_regprocedure(%s)"
             " and prorettype = 'boolean'::regtype"
-            " and has_schema_privilege(n.oid, 'usage')"
-            " and has_function_privilege(pg_proc.oid, 'execute')",
+            " and has_schema_privilege(pronamespace, 'usage')"
+            " and has_function_privilege(oid, 'execute')",
             [f"{function}(text,text,text)"],
         )
         if not found:
-            wanted = f"{function}(token text, channel text, id text) returns boolean"
             raise StartupError(f"-auth: no function {wanted} that this role may call")
-        self._query = sql.SQL(
-            "select bool_and(coalesce({}(%s, channel, %s), false)) from unnest(%s) channel"
-        ).format(sql.Identifier(*found[0]))
+        name = found[0][0].replace("%", "%%")
+        self._query = (
+            f"select bool_and(coalesce({name}(%s, channel, %s), false))"
+            " from unnest(%s) channel"
+        )
 
     def check(self, token: str | None, wanted: Subscription) -> None:
         """Raises a refusal unless the function says true for each of the channels."""
@@ -1644,12 +1619,10 @@ def run(options: argparse.Namespace) -> None:
     parameters = connection_parameters(options.conn)
     maximum = raise_descriptor_limit(options.max + SPARE)
     subscriptions = Subscriptions(options.chan, options.id, min(options.max, maximum))
-    with (
-        open_port(options.host, options.port) as listening,
-        closing(Listener(parameters, subscriptions)) as listener,
-    ):
+    with open_port(options.host, options.port) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listening.listen(ACCEPT_BACKLOG)
+        listener = Listener(parameters, subscriptions)
         try:
             application = Application(options, subscriptions, Pool(parameters))
             listener.connect()
