@@ -197,35 +197,26 @@ def end_socket(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-class Deadlines:
-    """When sockets must be done. Any thread may call any method."""
+class Deadlines(dict[socket.socket, float]):
+    """When sockets must be done, in seconds of time.monotonic().
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the next two, whose unit is seconds
-        self._deadlines: dict[socket.socket, float] = {}
-        self._next_look = 0.0
+    Any thread may set and pop one without a lock: a dict's methods are atomic.
+    """
+
+    _next_look = 0.0  # the HTTP server's alone
 
     def set(self, sock: socket.socket, seconds: float) -> None:
         """From now on. A socket that has a deadline keeps it."""
-        with self._lock:
-            self._deadlines.setdefault(sock, time.monotonic() + seconds)
-
-    def clear(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._deadlines.pop(sock, None)
-
-    def __len__(self) -> int:
-        return len(self._deadlines)
+        self.setdefault(sock, time.monotonic() + seconds)
 
     def enforce(self) -> None:
         """Ends the sockets that are late. Cheap, and to be called often."""
-        late, now = [], time.monotonic()
-        with self._lock:
-            if now >= self._next_look:
-                self._next_look = now + 0.25
-                late = [sock for sock, when in self._deadlines.items() if when <= now]
-        for sock in late:
-            end_socket(sock)
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + 0.25
+            for sock, deadline in self.copy().items():
+                if deadline <= now:
+                    end_socket(sock)
 
 
 @dataclass(slots=True, eq=False)
@@ -238,55 +229,47 @@ class Subscriber:
     backlog: int  # bytes that may wait
     deadlines: Deadlines
     _received: int = 0  # bytes since the last ping; the reader's alone
-    # Guards the next four. The queue begins with the 101's place.
+    # Held while the queue is being emptied: who waits for it waits for that.
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+    # Guards the next four. The queue begins with the 101's place. Whoever puts something
+    # into an empty queue sees to it that a thread empties it.
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _queue: deque[bytes | memoryview] = field(default_factory=lambda: deque([b""]))
     waiting: int = 0  # bytes in the queue
     sent: int = 0  # bytes that the socket has taken
     code: int = 0  # close code; nothing is queued once it is set
-    # Held by whoever is emptying the queue. The request's thread starts with it and
-    # lets it go behind the 101: until then, all that is published waits.
-    _sending: threading.Lock = field(default_factory=threading.Lock)
 
-    def __post_init__(self) -> None:
-        self._sending.acquire()
-
-    def put(self, data: bytes, code: int = 0) -> bool:
+    def put(self, data: bytes | memoryview, code: int = 0) -> bool:
         """Sends whole frames as soon as the socket takes them. Never blocks.
 
         With a code it is a close frame, after which the socket's time is limited.
         False: another close frame was first, and nothing may follow that.
         """
-        rest: bytes | memoryview = data
         with self._lock:
             if self.code:
                 return False
             if code:
                 self._end(code)
-            if not self._queue:  # written out, as this is where the time goes
+            if idle := not self._queue:  # written out, as this is where the time goes
                 try:
                     sent = self.sock.send(data, MSG_DONTWAIT)
-                except BlockingIOError:
+                except OSError:  # it is full, or its peer is gone: the writer will see
                     sent = 0
-                except OSError:  # the peer is gone
-                    self._abandon()
-                    return True
                 self.sent += sent
                 if sent == len(data):
                     return True
-                rest = memoryview(data)[sent:]
-            self._queue.append(rest)
-            self.waiting += len(rest)
-            if self._sending.acquire(blocking=False):
-                self._start_writer()
+                data = memoryview(data)[sent:]
+            self._queue.append(data)
+            self.waiting += len(data)
             full = self.waiting > self.backlog and not code
+        if idle:
+            self._start_writer()
         if full:
             self.close_with(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
         return True
 
     def put_and_wait(self, data: bytes) -> None:
         """Returns when the socket has taken all, or has ended."""
-        self._sending.acquire()
         with self._lock:
             if not self.code:
                 self._queue.append(data)
@@ -295,96 +278,76 @@ class Subscriber:
 
     def close_with(self, code: int, reason: str) -> None:
         """Queues a close frame: behind what waits, or in its place if it is too much."""
-        if code == TRY_AGAIN_LATER:
-            with self._lock:  # but for the first piece: it may have been sent in part,
-                while len(self._queue) > 1:  # and who comes back gets further each time
-                    self.waiting -= len(self._queue.pop())
-        self._put_close(frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
-
-    def _put_close(self, data: bytes) -> None:
-        code, reason = int.from_bytes(data[2:4], "big") or NO_CODE, data[4:].decode()
-        if self.put(data, code) and code in FOR_CAUSE:
+        status = b"" if code == NO_CODE else struct.pack("!H", code)
+        first = self.put(frame(CLOSE, status + reason.encode()[:123]), code)
+        if first and code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
-    # The lock is held in the next three.
-
     def _end(self, code: int) -> None:
+        """The lock is held."""
         self.code = self.code or code
         self.deadlines.set(self.sock, CLOSE_TIMEOUT)
-
-    def _abandon(self) -> None:
-        self._queue.clear()
-        self.waiting = 0
-        self._end(ABNORMAL)
-        end_socket(self.sock)  # its reader finds out
+        if code == TRY_AGAIN_LATER:  # the first piece may have been sent in part, and
+            while len(self._queue) > 1:  # lets who comes back get further each time
+                self.waiting -= len(self._queue.pop())
 
     def _start_writer(self) -> None:
-        """_sending is held, too, and becomes the writer's."""
         try:
             start_new_thread(self._write, ())
         except RuntimeError:
             log.error("closed %s: no thread is to be had for a writer", self.name)
             self._abandon()
-            self._sending.release()
-
-    # _sending is held in the next two.
 
     def _write(self) -> None:
-        """Sends what waits as the socket takes it, then lets go of _sending."""
-        try:
-            while not self._push():
-                is_ready(self.sock, select.POLLOUT)
-        except Exception:
-            log.exception("closed %s: its writer failed", self.name)
-            with self._lock:
+        """Returns when the socket has taken all that waits, or has ended."""
+        with self._sending:
+            try:
+                while self._push():
+                    is_ready(self.sock, select.POLLOUT)
+            except OSError:  # the peer is gone
                 self._abandon()
-                self._sending.release()
+            except Exception:
+                log.exception("closed %s: its writer failed", self.name)
+                self._abandon()
 
     def _push(self) -> bool:
-        """Gives the socket what it takes in one call. True: that was all."""
-        with self._lock:
+        """Gives the socket what it takes in one call. True: more waits."""
+        with self._lock, suppress(BlockingIOError):
             pieces = list(islice(self._queue, MAX_PIECES))
-            sent = 0
-            try:
-                if pieces:  # else the socket may be closed
-                    sent = self.sock.sendmsg(pieces, (), MSG_DONTWAIT)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._abandon()
+            sent = self.sock.sendmsg(pieces, (), MSG_DONTWAIT) if pieces else 0
             self.waiting -= sent
             self.sent += sent
             while self._queue and sent >= len(self._queue[0]):
                 sent -= len(self._queue.popleft())
             if self._queue:
                 self._queue[0] = memoryview(self._queue[0])[sent:]
-                return False
-            self._sending.release()
-            return True
+        return bool(self._queue)
+
+    def _abandon(self) -> None:
+        with self._lock:
+            self._queue.clear()
+            self.waiting = 0
+            self.code = self.code or ABNORMAL
+        end_socket(self.sock)  # its reader finds out
 
     # What simple-websocket takes for a socket; its reader is the request's thread.
 
     def send(self, data: bytes) -> int:
         """Takes the 101, and later pongs, pings and close frames."""
         if data.startswith(b"HTTP"):
-            self._open(data)
+            self.sock.settimeout(None)
+            with self._lock:
+                self._queue[0] = data  # before all that was published meanwhile
+                self.waiting += len(data)
+            self._write()
         elif data[0] == 0x80 | CLOSE:
-            self._put_close(data)
+            code = int.from_bytes(data[2:4], "big") or NO_CODE
+            self.close_with(code, data[4:].decode())
         else:
             if data[0] == 0x80 | PING:
                 self._received = 0
             self.put(data)
         return len(data)
-
-    def _open(self, handshake: bytes) -> None:
-        """Sends the 101 before all that waits."""
-        self.sock.settimeout(None)
-        with self._lock:
-            self._queue[0] = handshake
-            self.waiting += len(handshake)
-            if not self.code:  # else it is closing already, and has its deadline
-                self.deadlines.clear(self.sock)
-        self._write()
 
     def recv(self, size: int) -> bytes:
         data = self.sock.recv(size)
@@ -408,8 +371,7 @@ class Subscriber:
         """
         with self._lock:
             self._end(ABNORMAL)
-        if self._sending.acquire(timeout=2 * CLOSE_TIMEOUT):  # the deadline comes first
-            self._sending.release()
+        self._write()
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
             while self.sock.recv(MAX_MESSAGE):
@@ -1093,7 +1055,7 @@ class Application:
 
     def __call__(self, environ: Any, start: StartResponse) -> Iterable[bytes]:
         sock = environ["werkzeug.socket"]
-        self.deadlines.clear(sock)  # the client has done its part
+        self.deadlines.pop(sock, None)  # the client has done its part
         try:
             response = self._respond(Request(environ))
         except HTTPException as error:
@@ -1353,7 +1315,7 @@ class Server(ThreadedWSGIServer):
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        self._deadlines.clear(request)
+        self._deadlines.pop(request, None)
         self._connections.discard(request)
 
     def service_actions(self) -> None:
