@@ -51,12 +51,12 @@ import sys
 import threading
 import time
 from _thread import start_new_thread
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from queue import Empty, LifoQueue
 from socket import MSG_DONTWAIT
@@ -183,6 +183,11 @@ class Subscription(NamedTuple):
     id: str | None = None  # only what is for this client or for everybody; None: all
     log: bool = False  # follows the log, and nothing else
 
+    @property
+    def bare(self) -> bool:
+        """Whether a payload alone tells enough."""
+        return len(self.channels) == 1 and not self.log
+
 
 def is_ready(what: Any, event: int, seconds: float | None = None) -> bool:
     """Waits until a socket or a connection is ready; False: it was not in time."""
@@ -242,8 +247,7 @@ class Subscriber:
     def put(self, data: bytes | memoryview, code: int = 0) -> bool:
         """Sends whole frames as soon as the socket takes them. Never blocks.
 
-        With a code it is a close frame, after which the socket's time is limited.
-        False: another close frame was first, and nothing may follow that.
+        With a code it is a close frame, which nothing may follow: then it says False.
         """
         with self._lock:
             if self.code:
@@ -388,46 +392,12 @@ def close_all(subscribers: Iterable[Subscriber], code: int, reason: str) -> None
         subscriber.close_with(code, reason)
 
 
-Share = tuple[bytes, int, list[Subscriber]]  # frames, how many they are, for whom
-
-
-class Feed:
-    """The subscribers to the same channels, by the id that they asked for."""
-
-    def __init__(self, channels: frozenset[str], log: bool) -> None:
-        self.channels = channels
-        self.log = log
-        self.bare = len(channels) == 1 and not log
-        self.by_id: dict[str | None, set[Subscriber]] = defaultdict(set)
-
-    def needs_ids(self) -> bool:
-        return not self.bare or len(self.by_id) > (None in self.by_id)
-
-    def share(self, batch: list[Notification]) -> Iterator[Share]:
-        """What of a batch goes to which subscribers."""
-        frames = [(n.id, n.frame(self.bare)) for n in batch]
-        everybody = [data for to, data in frames if to is None]
-        joined = b"".join(everybody)
-        named = {to for to, _ in frames if to is not None}
-        for wish, subscribers in self.by_id.items():
-            if wish in named or (wish is None and named):
-                some = [d for to, d in frames if wish is None or to in (None, wish)]
-                yield b"".join(some), len(some), list(subscribers)
-            elif everybody:
-                yield joined, len(everybody), list(subscribers)
-
-
 class Subscriptions:
     """Who wants what, and which channels the database is sending for them."""
 
     def __init__(self, channels: Sequence[str], attribute: str, maximum: int) -> None:
-        self._served = channels  # names and patterns
         self.exact = frozenset(c for c in channels if not re.search("[*?]", c))
-        self._patterns = {
-            c: re.compile(fnmatch.translate(c.replace("[", "[[]")))
-            for c in channels
-            if c not in self.exact
-        }
+        self._patterns = [c for c in channels if c not in self.exact]
         self._attribute = attribute
         self._maximum = maximum
         self.wake_listener: Callable[[], None] = lambda: None
@@ -438,9 +408,11 @@ class Subscriptions:
         self._was_up = False  # once, at least
         self._listening: set[str] = set()  # channels that the database is sending
         self.position: int | None = None  # last seq published; None: there is no log
-        self._feeds: dict[tuple[frozenset[str], bool], Feed] = {}
-        self._by_channel: dict[str, set[Feed]] = {}
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
+        # The subscribers of each feed, a Subscription without its id, by their ids.
+        self._feeds: defaultdict[Subscription, defaultdict[str | None, set[Subscriber]]]
+        self._feeds = defaultdict(lambda: defaultdict(set))
+        self._by_channel: defaultdict[str, set[Subscription]] = defaultdict(set)
         self._metrics: defaultdict[Sample, float] = defaultdict(float)
 
     def entry(self, channel: str) -> str | None:
@@ -449,36 +421,36 @@ class Subscriptions:
             return channel
         if channel == DOORBELL or not is_channel(channel):
             return None
-        return next((c for c, p in self._patterns.items() if p.match(channel)), None)
+        for pattern in self._patterns:
+            if fnmatch.fnmatchcase(channel, pattern.replace("[", "[[]")):
+                return pattern
+        return None
 
     # What requests use.
 
     def add(self, subscriber: Subscriber) -> None:
         """Returns when the database is sending what is asked for, else raises a 503."""
-        channels, _, log = subscriber.wanted
+        channels = subscriber.wanted.channels
         with self._changed:
             if not self.up:
                 raise refusal(503, "the database is away", Retry_After="1")
             if len(self._subscribers) >= self._maximum:
                 raise refusal(503, "too many connections", Retry_After="5")
-            if not channels <= self.exact and self._on_demand(channels) > MAX_ON_DEMAND:
-                raise refusal(503, "too many channels", Retry_After="5")
+            if not channels <= self.exact:
+                on_demand = (self._by_channel.keys() | channels) - self.exact
+                if len(on_demand) > MAX_ON_DEMAND:
+                    raise refusal(503, "too many channels", Retry_After="5")
             self._subscribers.add(subscriber)
-            if log:
+            if subscriber.wanted.log:
                 return  # it joins when it has caught up
             self._join(subscriber)
-            if channels <= self._listening:
-                return
-        self.wake_listener()
-        with self._changed:
+            if not channels <= self._listening:
+                self.wake_listener()
             self._changed.wait_for(
                 lambda: not self.up or channels <= self._listening, DATABASE_TIMEOUT
             )
             if not channels <= self._listening:
                 raise refusal(503, "the database is away", Retry_After="1")
-
-    def _on_demand(self, more: frozenset[str]) -> int:
-        return len((self._by_channel.keys() | more) - self.exact)
 
     def join_log(self, subscriber: Subscriber, position: int) -> bool:
         """Joins one that has read the log up to a seq, if there is nothing after it.
@@ -495,66 +467,78 @@ class Subscriptions:
                 return True
             return bool(subscriber.code)
 
-    def _join(self, subscriber: Subscriber) -> None:
-        channels, client_id, log = subscriber.wanted
-        feed = self._feeds.get((channels, log))
-        if feed is None:
-            feed = self._feeds[channels, log] = Feed(channels, log)
-        feed.by_id[client_id].add(subscriber)
-        for channel in channels:
-            self._by_channel.setdefault(channel, set()).add(feed)
-
     def remove(self, subscriber: Subscriber) -> None:
         """Its socket has ended."""
-        channels, client_id, log = subscriber.wanted
         with self._changed:
             self._subscribers.discard(subscriber)
+            self._leave(subscriber)
             if code := subscriber.code:  # else there was no websocket yet
                 known = code if code in CLOSE_CODES else "other"
                 self._metrics["pgpubsub_closed_total", known] += 1
             self._metrics["pgpubsub_sent_bytes_total", ""] += subscriber.sent
-            feed = self._feeds.get((channels, log))
-            if feed and subscriber in feed.by_id.get(client_id, ()):
-                feed.by_id[client_id].remove(subscriber)
-                if not feed.by_id[client_id]:
-                    del feed.by_id[client_id]
-                if not feed.by_id:
-                    self._dissolve(feed)
             self._changed.notify_all()
-        if not channels <= self.exact:
+        if not subscriber.wanted.channels <= self.exact:
             self.wake_listener()
 
-    def _dissolve(self, feed: Feed) -> None:
-        del self._feeds[feed.channels, feed.log]
+    # The lock is held in the next three.
+
+    def _join(self, subscriber: Subscriber) -> None:
+        feed = subscriber.wanted._replace(id=None)
+        self._feeds[feed][subscriber.wanted.id].add(subscriber)
         for channel in feed.channels:
-            self._by_channel[channel].remove(feed)
-            if not self._by_channel[channel]:
-                del self._by_channel[channel]
+            self._by_channel[channel].add(feed)
+
+    def _leave(self, subscriber: Subscriber) -> None:
+        """Also if it has not joined."""
+        feed, client_id = subscriber.wanted._replace(id=None), subscriber.wanted.id
+        by_id = self._feeds[feed]
+        by_id[client_id].discard(subscriber)
+        if not by_id[client_id]:
+            del by_id[client_id]
+        if not by_id:
+            del self._feeds[feed]
+            for channel in feed.channels:
+                self._by_channel[channel].discard(feed)
+                if not self._by_channel[channel]:
+                    del self._by_channel[channel]
+
+    def _share(self, feed: Subscription, batch: list[Notification]) -> Iterator[Share]:
+        """What of a batch goes to which subscribers of a feed."""
+        frames = [(n.id, n.frame(feed.bare)) for n in batch]
+        everybody = [data for to, data in frames if to is None]
+        joined = b"".join(everybody)
+        named = {to for to, _ in frames if to is not None}
+        for wish, subscribers in self._feeds[feed].items():
+            if wish in named or (wish is None and named):
+                some = [d for to, d in frames if wish is None or to in (None, wish)]
+                yield b"".join(some), len(some), list(subscribers)
+            elif everybody:
+                yield joined, len(everybody), list(subscribers)
 
     # What the listener uses.
 
     def publish(self, batch: list[Notification]) -> None:
         """Hands a batch, in commit order, to everybody who wants some of it."""
-        wanted: dict[Feed, list[Notification]] = defaultdict(list)
+        plain = batch[0].seq is None  # and so are all of them
+        wanted: defaultdict[Subscription, list[Notification]] = defaultdict(list)
         with self._changed:
-            for notification in batch:
-                plain = notification.seq is None
-                feeds = self._by_channel.get(notification.channel, ())
-                if plain and any(feed.needs_ids() for feed in feeds):
-                    to = addressee(notification.payload, self._attribute)
-                    notification = notification._replace(id=to)
+            for channel, group in groupby(batch, lambda n: n.channel):
+                run, feeds = list(group), self._by_channel.get(channel, ())
+                heard = "pgpubsub_notifications_total", self.entry(channel)
+                self._metrics[heard] += len(run)
+                ids = any(not f.bare or self._feeds[f].keys() != {None} for f in feeds)
+                if plain and ids:
+                    named = [addressee(n.payload, self._attribute) for n in run]
+                    run = [n._replace(id=to) for n, to in zip(run, named)]
                 for feed in feeds:
                     if not (plain and feed.log):
-                        wanted[feed].append(notification)
-            if batch[-1].seq is not None:
+                        wanted[feed] += run
+            if not plain:
                 self.position = batch[-1].seq
                 self._changed.notify_all()
-            shares = [share for feed in wanted for share in feed.share(wanted[feed])]
+            shares = [share for item in wanted.items() for share in self._share(*item)]
             delivered = sum(count * len(to) for _, count, to in shares)
             self._metrics["pgpubsub_deliveries_total", ""] += delivered
-            for channel, count in Counter(n.channel for n in batch).items():
-                sample = "pgpubsub_notifications_total", self.entry(channel)
-                self._metrics[sample] += count
         for data, _, subscribers in shares:
             for subscriber in subscribers:
                 subscriber.put(data)
@@ -594,10 +578,11 @@ class Subscriptions:
         with self._changed:
             self.up = False
             self._listening.clear()
-            for feed in [feed for feed in self._feeds.values() if not feed.log]:
-                self._dissolve(feed)
             self._changed.notify_all()
-            return [s for s in self._subscribers if not s.wanted.log]
+            lost = [s for s in self._subscribers if not s.wanted.log]
+            for subscriber in lost:
+                self._leave(subscriber)
+            return lost
 
     def start_log(self, position: int | None) -> None:
         """The log is at this seq now, and who was at another one can't go on."""
@@ -612,26 +597,26 @@ class Subscriptions:
     def metrics(self) -> str:
         """In Prometheus' text format; no label is of a client's making."""
         with self._changed:
-            samples = self._metrics.copy()
+            samples, subscribers = self._metrics.copy(), list(self._subscribers)
             samples["pgpubsub_listening", ""] = int(self.up)
-            subscribers = list(self._subscribers)
         for subscriber in subscribers:
             samples["pgpubsub_sent_bytes_total", ""] += subscriber.sent
             samples["pgpubsub_backlog_bytes", ""] += subscriber.waiting
             for channel in subscriber.wanted.channels:
                 samples["pgpubsub_subscribers", self.entry(channel)] += 1
-        values = {"channel": self._served, "code": CLOSE_CODES, "-": [""]}
+        entries = [*self.exact, *self._patterns]
+        values = {"channel": entries, "code": CLOSE_CODES, "-": [""]}
         lines = []
         for name, kind, label, help in (line.split(maxsplit=3) for line in METRICS):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
             for value in values[label]:
-                text = str(value).replace("\\", r"\\").replace('"', r"\"")
-                labels = f'{{{label}="{text}"}}'.replace("\n", r"\n") if text else ""
+                text = re.sub(r'([\\"])', r"\\\1", str(value)).replace("\n", r"\n")
+                labels = f'{{{label}="{text}"}}' if text else ""
                 lines.append(f"{name}{labels} {samples[name, value]}")
         return "\n".join([*lines, ""])
 
     def stop(self) -> None:
-        """Says goodbye to all, waits until they are gone, and cuts off who is not."""
+        """Says goodbye to all, and waits for a while until they are gone."""
         with self._changed:
             self.up = False
             self._changed.notify_all()
@@ -639,9 +624,6 @@ class Subscriptions:
         close_all(subscribers, GOING_AWAY, "the server is stopping")
         with self._changed:
             self._changed.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT)
-            late = list(self._subscribers)
-        for subscriber in late:
-            end_socket(subscriber.sock)
 
 
 # Name, kind, label and help, as Prometheus' text format has them.
@@ -656,16 +638,15 @@ pgpubsub_closed_total counter code Websockets that have ended, by close code.
 pgpubsub_database_reconnects_total counter - Connections to the database after a loss.
 pg_notification_queue_usage gauge - Share of PostgreSQL's notification queue in use.
 """.splitlines()
-CLOSE_CODES = [*range(1000, 1004), *range(1005, 1015), "other"]
+CLOSE_CODES = [*range(1000, 1015), "other"]
 Sample = tuple[str, Any]  # the name of a metric, and the value of its label, if any
+Share = tuple[bytes, int, list[Subscriber]]  # frames, how many they are, for whom
 
 
 def is_channel(name: str) -> bool:
     """Whether PostgreSQL can LISTEN to a channel of that name."""
-    try:
-        return 0 < len(name.encode()) <= MAX_CHANNEL and "\0" not in name
-    except UnicodeEncodeError:  # from a byte that is not UTF-8
-        return False
+    text = re.fullmatch("[^\0\ud800-\udfff]+", name)  # surrogates: bytes, no UTF-8
+    return bool(text) and len(name.encode()) <= MAX_CHANNEL
 
 
 # ---- The database --------------------------------------------------------------------
