@@ -404,8 +404,7 @@ class Subscriptions:
         # Guards all below, and is held for no call that blocks; notified when up,
         # _listening, position or _subscribers have changed.
         self._changed = threading.Condition(threading.Lock())
-        self.up = False  # the listener is connected
-        self._was_up = False  # once, at least
+        self.up: bool | None = None  # the listener is connected; None: not yet
         self._listening: set[str] = set()  # channels that the database is sending
         self.position: int | None = None  # last seq published; None: there is no log
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
@@ -559,9 +558,8 @@ class Subscriptions:
         """The database is sending these from now on."""
         with self._changed:
             self._listening |= channels
-            if not self.up:
-                self._metrics["pgpubsub_database_reconnects_total", ""] += self._was_up
-            self.up = self._was_up = True
+            self._metrics["pgpubsub_database_reconnects_total", ""] += self.up is False
+            self.up = True
             self._changed.notify_all()
 
     def beat(self, queue_usage: float) -> str:
@@ -598,7 +596,7 @@ class Subscriptions:
         """In Prometheus' text format; no label is of a client's making."""
         with self._changed:
             samples, subscribers = self._metrics.copy(), list(self._subscribers)
-            samples["pgpubsub_listening", ""] = int(self.up)
+            samples["pgpubsub_listening", ""] = int(self.up is True)
         for subscriber in subscribers:
             samples["pgpubsub_sent_bytes_total", ""] += subscriber.sent
             samples["pgpubsub_backlog_bytes", ""] += subscriber.waiting
@@ -616,7 +614,7 @@ class Subscriptions:
         return "\n".join([*lines, ""])
 
     def stop(self) -> None:
-        """Says goodbye to all, and waits for a while until they are gone."""
+        """Says goodbye to all, and waits CLOSE_TIMEOUT for them to be gone."""
         with self._changed:
             self.up = False
             self._changed.notify_all()
