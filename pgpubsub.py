@@ -55,6 +55,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from encodings import utf_8
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -65,9 +66,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import psycopg2
-import psycopg2.extensions
 import simple_websocket  # type: ignore[import-untyped]
-from psycopg2 import sql
+from psycopg2 import extensions, sql
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.wrappers import Request, Response
@@ -716,13 +716,13 @@ class NoAnswer(psycopg2.OperationalError):
     """The database did not answer in DATABASE_TIMEOUT."""
 
 
-class Connection(psycopg2.extensions.connection):
+class Connection(extensions.connection):
     """In autocommit, decodes all text. All that it does can raise psycopg2.Error."""
 
     publish: Callable[[], None] = staticmethod(lambda: None)  # what it has heard
 
     def __init__(self, parameters: dict[str, str]) -> None:
-        super().__init__(psycopg2.extensions.make_dsn(**parameters))
+        super().__init__(extensions.make_dsn(**parameters))
         self.autocommit = True  # else a LISTEN would wait for a commit
         ascii = self.info.parameter_status("server_encoding") == "SQL_ASCII"
         self.set_client_encoding("SQL_ASCII" if ascii else "UTF8")
@@ -740,32 +740,28 @@ class Connection(psycopg2.extensions.connection):
         flood they are millions, so they are published before the answer is there.
         """
         reads = 0
-        while (state := self.poll()) != psycopg2.extensions.POLL_OK:
+        while (state := self.poll()) != extensions.POLL_OK:
             reads += 1
             if reads % MAX_READS == 0 and self.notifies:
                 self.publish()
                 tell_systemd("WATCHDOG=1")  # the database is well, just busy
-            reading = state == psycopg2.extensions.POLL_READ
-            event = select.POLLIN if reading else select.POLLOUT
+            event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
             if not is_ready(self, event, DATABASE_TIMEOUT):
                 raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
 
 
-def lenient_utf8(data: Any, errors: str = "replace") -> tuple[str, int]:
-    return codecs.utf_8_decode(data, "replace", True)
-
-
-psycopg2.extensions.set_wait_callback(Connection.wait)
+extensions.set_wait_callback(Connection.wait)
 # Text in an SQL_ASCII database can be anything, and psycopg2 drops a notification that
 # it can't decode without a word. With this, bytes that are not UTF-8 become U+FFFD.
-codecs.register({"lenient": codecs.CodecInfo(codecs.utf_8_encode, lenient_utf8)}.get)
-psycopg2.extensions.encodings["SQLASCII"] = "lenient"
+replacing = partial(utf_8.decode, errors="replace")
+codecs.register({"lenient": codecs.CodecInfo(codecs.utf_8_encode, replacing)}.get)
+extensions.encodings["SQLASCII"] = "lenient"
 
 
 def connection_parameters(conn: str) -> dict[str, str]:
     """Takes -conn apart. Raises StartupError, whose words can't hold a password."""
     try:
-        given = psycopg2.extensions.parse_dsn(conn)
+        given = extensions.parse_dsn(conn)
         # A special character in a password moves a part of it to one of these.
         named = "".join(given.get(key, "") for key in ("user", "host", "dbname"))
         port = re.fullmatch("[0-9,]*", given.get("port", ""))
@@ -800,19 +796,16 @@ class Listener(threading.Thread):
         super().__init__(name="listener", daemon=True)
         self._parameters = parameters
         self._subscriptions = subscriptions
-        subscriptions.wake_listener = self.wake
         self._awake = os.eventfd(0)  # readable when somebody wants something
+        self._wake = partial(os.eventfd_write, self._awake, 1)  # by any thread
+        subscriptions.wake_listener = self._wake
         self._stopping = threading.Event()
         self._rung = False  # the doorbell was heard; the log is still to be read
-
-    def wake(self) -> None:
-        """Makes the listener look at what is wanted. Any thread may call it."""
-        os.eventfd_write(self._awake, 1)
 
     def stop(self) -> None:
         """Publishes what has arrived, ends the thread and closes the connection."""
         self._stopping.set()
-        self.wake()
+        self._wake()
         self.join(1.0)  # seconds: a frozen database is not waited for
 
     def connect(self) -> None:
@@ -872,12 +865,11 @@ class Listener(threading.Thread):
             self._connection.poll()
             if not is_ready(self._connection, select.POLLIN, 0):
                 break
-        if not self._connection.notifies:
-            return False
-        self._publish()
-        if self._rung:
+        if heard := bool(self._connection.notifies):
+            self._publish()
+        if rung := self._rung:  # maybe while there was a question to the database
             self._read_log()
-        return True
+        return heard or rung
 
     def _publish(self) -> None:
         notifies = self._connection.notifies
@@ -903,8 +895,9 @@ class Listener(threading.Thread):
     def _read_log(self) -> None:
         """Publishes what is new in the log, if there is one."""
         self._rung = False
+        ask = self._connection.ask
         while (position := self._subscriptions.position) is not None:
-            page = read_log(self._connection.ask, position)
+            page = read_log(ask, position, LAST_SEQ, EVERYTHING)
             if not page:
                 return
             self._subscriptions.publish(page)
@@ -948,6 +941,7 @@ HAS_LOG = """
     from pg_class where relnamespace = to_regnamespace('pgpubsub')
         and relname in ('notification', 'bounds')"""
 BOUNDS = "select pruned, newest from pgpubsub.bounds"
+LAST_SEQ, EVERYTHING = (1 << 63) - 1, Subscription(frozenset())  # no channel: any
 LOG_PAGE = f"""
     select pruned, channel, id, seq, payload from pgpubsub.bounds left join (
         select *, sum(octet_length(payload)) over (order by seq) - octet_length(payload)
@@ -966,17 +960,10 @@ class Pruned(psycopg2.Error):
 
 
 def read_log(
-    ask: Callable[[str, Sequence[object]], list[Any]],
-    after: int,
-    upto: int = (1 << 63) - 1,
-    channels: Iterable[str] | None = None,
-    client_id: str | None = None,
+    ask: Callable[..., list[Any]], after: int, upto: int, wanted: Subscription
 ) -> list[Notification]:
-    """The next page of the log: in seq order, for these channels, for this client.
-
-    Raises Pruned, or any other psycopg2.Error.
-    """
-    rows = ask(LOG_PAGE, [after, upto, channels and list(channels), client_id])
+    """The next page of the log, in seq order. Raises psycopg2.Error, such as Pruned."""
+    rows = ask(LOG_PAGE, [after, upto, list(wanted.channels) or None, wanted.id])
     if rows[0][0] > after:
         raise Pruned("the log was pruned before it was read")
     return [Notification(*row[1:]) for row in rows if row[1] is not None]
@@ -1021,7 +1008,7 @@ def may_subscribe(pool: Pool, function: str, token: str, wanted: Subscription) -
 def check_function(pool: Pool, function: str) -> None:
     """Raises StartupError if -auth names no function, or psycopg2.Error."""
     try:  # about no channel, so it is not called
-        may_subscribe(pool, function, "", Subscription(frozenset(), ""))
+        may_subscribe(pool, function, "", Subscription(frozenset(), id=""))
     except psycopg2.ProgrammingError:
         wanted = f"{function}(token text, channel text, id text) returns boolean"
         said = f"-auth: no function {wanted} that this role may call"
@@ -1034,17 +1021,14 @@ def check_access(
     """Raises a refusal unless the function of -auth allows all that is wanted."""
     if not token:
         raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
-    try:
-        allowed = may_subscribe(pool, function, token, wanted)
-    except ValueError:  # a NUL, which PostgreSQL's text can't hold
-        allowed = False
+    try:  # PostgreSQL's text can't hold a NUL
+        if "\0" in token or not may_subscribe(pool, function, token, wanted):
+            raise refusal(403, "this token does not allow that")
     except psycopg2.Error as error:
         # The primary message alone, as the others can quote the query.
         reason = (error.diag.message_primary or str(error)).replace(token, "***")
         log.error("-auth: %s", " ".join(reason.split()))
         raise refusal(503, "access can't be checked now", Retry_After="5") from None
-    if not allowed:
-        raise refusal(403, "this token does not allow that")
 
 
 # ---- HTTP ----------------------------------------------------------------------------
@@ -1204,12 +1188,11 @@ class Application:
 
         It waits for the client after each page, so a slow one has no more in memory.
         """
-        channels, client_id, _ = subscriber.wanted
         while not self._subscriptions.join_log(subscriber, position):
             published = self._subscriptions.position or 0
             upto = position + PAGE_SPAN
             try:
-                page = read_log(self._pool.ask, position, upto, channels, client_id)
+                page = read_log(self._pool.ask, position, upto, subscriber.wanted)
             except Pruned as error:
                 return subscriber.close_with(SERVICE_RESTART, str(error))
             except psycopg2.Error as error:
