@@ -763,9 +763,8 @@ def connection_parameters(conn: str) -> dict[str, str]:
     try:
         given = extensions.parse_dsn(conn)
         # A special character in a password moves a part of it to one of these.
-        named = "".join(given.get(key, "") for key in ("user", "host", "dbname"))
-        port = re.fullmatch("[0-9,]*", given.get("port", ""))
-        if "://" in conn and ("@" in named or not port):
+        *named, port = [given.get(k, "") for k in ("user", "host", "dbname", "port")]
+        if "://" in conn and ("@" in "".join(named) or re.search("[^0-9,]", port)):
             raise ValueError
     except (psycopg2.Error, ValueError):
         raise StartupError(
@@ -948,8 +947,8 @@ LOG_PAGE = f"""
             as bytes_before
         from (
             select * from pgpubsub.notification
-            where seq > %s and seq <= %s and channel = any(coalesce(%s, array[channel]))
-                and (id is null or id = coalesce(%s, id))
+            where seq > %s and seq <= %s and (%s or channel = any(%s))
+                and (%s or id is null or id = %s)
             order by seq limit {PAGE_ROWS}
         ) rows
     ) page on bytes_before < {PAGE_BYTES} order by seq"""
@@ -963,7 +962,9 @@ def read_log(
     ask: Callable[..., list[Any]], after: int, upto: int, wanted: Subscription
 ) -> list[Notification]:
     """The next page of the log, in seq order. Raises psycopg2.Error, such as Pruned."""
-    rows = ask(LOG_PAGE, [after, upto, list(wanted.channels) or None, wanted.id])
+    channels, client_id, _ = wanted
+    values = [after, upto, not channels, list(channels), client_id is None, client_id]
+    rows = ask(LOG_PAGE, values)
     if rows[0][0] > after:
         raise Pruned("the log was pruned before it was read")
     return [Notification(*row[1:]) for row in rows if row[1] is not None]
