@@ -860,13 +860,15 @@ class Listener(threading.Thread):
 
     def _drain(self) -> bool:
         """Publishes together what has arrived; False if there was nothing."""
+        notifies = self._connection.notifies
         for _ in range(MAX_READS):
+            before = len(notifies)
             self._connection.poll()
-            if not is_ready(self._connection, select.POLLIN, 0):
+            if len(notifies) == before:
                 break
-        if heard := bool(self._connection.notifies):
+        if heard := bool(notifies):
             self._publish()
-        if rung := self._rung:  # maybe while there was a question to the database
+        if rung := self._rung:  # maybe by what wait() has published
             self._read_log()
         return heard or rung
 
