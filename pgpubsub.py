@@ -939,40 +939,43 @@ class Pool:
             self._idle.put(idle)
 
 
-def may_subscribe(pool: Pool, function: str, token: str, wanted: Subscription) -> bool:
-    """Whether the function of -auth says true for each of the channels."""
-    name = function.replace("%", "%%")
-    query = (
-        f"select bool_and(coalesce({name}(%s::text, channel, %s::text), false))"
-        " from unnest(%s::text[]) channel"
-    )
-    return pool.ask(query, [token, wanted.id, list(wanted.channels)]) == [(True,)]
-
-
-def check_function(pool: Pool, function: str) -> None:
-    """Raises StartupError if -auth names no function, or psycopg2.Error."""
-    try:  # about no channel, so it is not called
-        may_subscribe(pool, function, "", Subscription(frozenset(), id=""))
-    except psycopg2.ProgrammingError:
+def find_function(pool: Pool, function: str) -> str:
+    """The name of the function of -auth, as SQL. Raises StartupError or psycopg2.Error."""
+    try:
+        found = pool.ask(
+            "select oid::regproc::text from pg_proc where oid = to_regprocedure(%s)"
+            " and prorettype = 'boolean'::regtype"
+            " and has_schema_privilege(pronamespace, 'usage')"
+            " and has_function_privilege(oid, 'execute')",
+            [f"{function}(text,text,text)"],
+        )
+    except (psycopg2.DataError, psycopg2.ProgrammingError):
+        found = []  # it is no name, for which PostgreSQL 16 and later return null
+    if not found:
         wanted = f"{function}(token text, channel text, id text) returns boolean"
-        said = f"-auth: no function {wanted} that this role may call"
-        raise StartupError(said) from None
+        raise StartupError(f"-auth: no function {wanted} that this role may call")
+    return str(found[0][0]).replace("%", "%%")  # in a query with values
 
 
 def check_access(
     pool: Pool, function: str, token: str | None, wanted: Subscription
 ) -> None:
-    """Raises a refusal unless the function of -auth allows all that is wanted."""
+    """Raises a refusal unless the function of -auth allows each of the channels."""
     if not token:
         raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
-    try:  # PostgreSQL's text can't hold a NUL
-        if "\0" in token or not may_subscribe(pool, function, token, wanted):
-            raise refusal(403, "this token does not allow that")
+    query = f"""select bool_and(coalesce({function}(%s, channel, %s), false))
+        from unnest(%s) channel"""
+    try:
+        allowed = pool.ask(query, [token, wanted.id, list(wanted.channels)])
+    except ValueError:  # a NUL, which PostgreSQL's text can't hold
+        allowed = []
     except psycopg2.Error as error:
         # The primary message alone, as the others can quote the query.
         reason = (error.diag.message_primary or str(error)).replace(token, "***")
         log.error("-auth: %s", " ".join(reason.split()))
         raise refusal(503, "access can't be checked now", Retry_After="5") from None
+    if allowed != [(True,)]:
+        raise refusal(403, "this token does not allow that")
 
 
 # ---- HTTP ----------------------------------------------------------------------------
@@ -987,8 +990,7 @@ class Application:
         self._options = options
         self._subscriptions = subscriptions
         self._pool = pool
-        if options.auth:
-            check_function(pool, options.auth)
+        self._function = options.auth and find_function(pool, options.auth)
         self.deadlines = Deadlines()
         page = PAGE.replace("$channels", html.escape(",".join(options.chan)))
         self._pages: dict[str, Callable[[], Response]] = {
@@ -1031,8 +1033,8 @@ class Application:
         """Returns when the websocket has ended. Raises a refusal if there is none."""
         wanted = self._wanted(request)
         self._check_origin(request)
-        if function := self._options.auth:
-            check_access(self._pool, function, bearer_token(request), wanted)
+        if self._function:
+            check_access(self._pool, self._function, bearer_token(request), wanted)
         position = self._position(request.args["since"]) if wanted.log else 0
         sock, backlog = request.environ["werkzeug.socket"], self._options.backlog
         peer = f"{request.remote_addr} port {request.environ['REMOTE_PORT']}"

@@ -407,6 +407,11 @@ class Serving:
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def freeze(self) -> None:
+        """Until it gets SIGCONT; it has stopped when this returns."""
+        self.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)
+
     def wait(self) -> int:
         """Waits until it has ended; returns its exit status."""
         status = self._process.wait(DEADLINE)
@@ -1167,6 +1172,25 @@ pgpubsub.addressee = fail
         with Wire(server, "/subscribe/foo?id=1") as wire:
             database.notify("foo", "after")
             assert wire.texts(1) == ["after"]
+
+
+RECONNECTING_FAILS_ONCE = """
+def resume(self, resume=pgpubsub.Listener._resume_log, calls=[]):
+    calls.append(1)
+    if len(calls) == 2:
+        raise ArithmeticError
+    resume(self)
+pgpubsub.Listener._resume_log = resume
+"""
+
+
+def test_a_fault_while_it_reconnects_is_survived(database: Database) -> None:
+    flags, patch = ("-chan", "foo"), RECONNECTING_FAILS_ONCE
+    with serving(*flags, dsn=database.dsn, patch=patch, traceback=True) as server:
+        for pid in database.backends(server):
+            database.sql("select pg_terminate_backend(%s)", [pid])
+        server.wait_for_log("ArithmeticError")
+        wait_for(lambda: is_up(server), "it listens again")
 
 
 QUESTIONS_IN_A_FLOOD = """
@@ -3692,6 +3716,19 @@ def test_what_is_published_while_the_log_is_read_does_not_wait(log: Database) ->
         assert time.monotonic() - began < 2.5 * PATIENCE
 
 
+def test_a_doorbell_that_comes_with_an_answer_is_answered_at_once(
+    log: Database,
+) -> None:
+    patch = "pgpubsub.HEARTBEAT, pgpubsub.MAX_READS = 0, 1"  # always another question
+    with (
+        serving("-chan", "foo", dsn=log.dsn, patch=patch) as server,
+        Wire(server, "/subscribe/foo") as wire,
+    ):
+        for number in range(50):
+            publish(log, "foo", f"{number}")
+            assert wire.texts(1) == [f"{number}"]
+
+
 # --------------------------------------------------------------------------------------
 # The log, served: refusals.
 # --------------------------------------------------------------------------------------
@@ -3883,7 +3920,7 @@ def test_a_log_that_is_not_the_one_it_was_closes_since_with_1012(
         Wire(serves, "/subscribe/foo?since=now") as live,
     ):
         assert len(entries(caught_up, 5)) == 5
-        serves.send_signal(signal.SIGSTOP)  # so that it sees nothing in between
+        serves.freeze()  # so that it sees nothing in between
         log.sql(restore)
         if "prune" in restore:
             log.sql("select pgpubsub.prune('0')")
