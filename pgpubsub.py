@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from encodings import utf_8
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from queue import Empty, LifoQueue
@@ -501,9 +501,11 @@ class Subscriptions:
                 if not self._by_channel[channel]:
                     del self._by_channel[channel]
 
-    def _share(self, feed: Subscription, batch: list[Notification]) -> Iterator[Share]:
+    def _share(
+        self, feed: Subscription, batch: list[Notification], encode: Encode
+    ) -> Iterator[Share]:
         """What of a batch goes to which subscribers of a feed."""
-        frames = [(n.id, n.frame(feed.bare)) for n in batch]
+        frames = [(n.id, encode(n, feed.bare)) for n in batch]
         everybody = [data for to, data in frames if to is None]
         joined = b"".join(everybody)
         named = {to for to, _ in frames if to is not None}
@@ -535,7 +537,11 @@ class Subscriptions:
             if not plain:
                 self.position = batch[-1].seq
                 self._changed.notify_all()
-            shares = [share for item in wanted.items() for share in self._share(*item)]
+            # Feeds that differ in their channels alone have the same frames.
+            encode = (
+                cache(Notification.frame) if len(wanted) > 1 else Notification.frame
+            )
+            shares = [s for item in wanted.items() for s in self._share(*item, encode)]
             delivered = sum(count * len(to) for _, count, to in shares)
             self._metrics["pgpubsub_deliveries_total", ""] += delivered
         for data, _, subscribers in shares:
@@ -638,6 +644,7 @@ pg_notification_queue_usage gauge - Share of PostgreSQL's notification queue in 
 """.splitlines()
 CLOSE_CODES = [*range(1000, 1015), "other"]
 Sample = tuple[str, Any]  # the name of a metric, and the value of its label, if any
+Encode = Callable[[Notification, bool], bytes]
 Share = tuple[bytes, int, list[Subscriber]]  # frames, how many they are, for whom
 
 
