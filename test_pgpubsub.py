@@ -373,7 +373,11 @@ class Serving:
         sock.settimeout(DEADLINE)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        sock.connect(("127.0.0.1", self.port))
+        try:
+            sock.connect(("127.0.0.1", self.port))
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     # What it costs.
@@ -658,7 +662,9 @@ def open_wires(server: Serving, paths: Sequence[str], stack: ExitStack) -> list[
 
 
 def is_up(server: Serving, path: str = "/subscribe/foo") -> bool:
-    return server.upgrade(path).status == 101
+    with suppress(ConnectionError):  # past -max it may just be closed
+        return server.upgrade(path).status == 101
+    return False
 
 
 # --------------------------------------------------------------------------------------
