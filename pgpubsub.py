@@ -222,6 +222,7 @@ class Deadlines(dict[socket.socket, float]):
             for sock, deadline in self.copy().items():
                 if deadline <= now:
                     end_socket(sock)
+                    self.pop(sock, None)  # nor is one kept that was closed long ago
 
 
 @dataclass(slots=True, eq=False)
@@ -1656,7 +1657,7 @@ def main() -> int:
     except StartupError as error:
         print(f"pgpubsub: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while the database was being reached
+    except KeyboardInterrupt:  # while it reaches the database, or stops already
         return 130
     return 0
 
