@@ -783,6 +783,7 @@ def test_every_flag_has_its_default_from_the_environment(database: Database) -> 
             with Wire(server, "/subscribe/foo") as silent:
                 assert server.upgrade("/subscribe/foo").status == 503, "-max"
                 assert silent.close_code() == POLICY_VIOLATION, "-ping"
+        wait_for(lambda: subscribers(server, "foo") == 0, "there is room again")
         with Wire(server, "/subscribe/foo", receive_buffer=4096) as slow:
             database.flood("foo", 500, 5000)
             server.wait_for_log(r"1013")
