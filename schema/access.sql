@@ -25,17 +25,54 @@
 --
 --     pgpubsub.py -chan orders,customers -auth pgpubsub.may_subscribe
 --
--- pgpubsub asks when a websocket opens; one that is open stays open when its
--- token expires or is revoked. Expired rows do nothing; to be rid of them:
+-- pgpubsub asks before a websocket opens, again and again while it is open (see
+-- -recheck), and at once when revoke_token() commits: it closes whose token has
+-- expired or was revoked. Expired rows do nothing; to be rid of them, once a day
+-- by such a line in a crontab, which prints nothing that cron would mail:
 --
---     delete from pgpubsub.access where expires_at < now();
+--     0 3 * * * psql -d DATABASE -qc "delete from pgpubsub.access where expires_at < now()"
 
 begin;
 
 -- Loading it again need not tell what is there already.
 set local client_min_messages = warning;
+-- Names below are PostgreSQL's own, whatever somebody has put into `public`.
+set local search_path = pg_catalog, pg_temp;
 
 create schema if not exists pgpubsub;
+
+-- Whoever may create a schema could have prepared this one, with a trigger or a
+-- function of theirs in it that would run with the rights of whoever loads this
+-- file. So all that is there must belong to the role that loads it, or to a
+-- superuser, who needs no such trick. A superuser should not get around this by
+-- `set role`, as a trigger can undo that.
+do $$
+declare
+    found_owner name;
+    found_object text;
+begin
+    select rolname, pg_describe_object(object.class, object.oid, 0)
+      into found_owner, found_object
+      from (select 'pg_namespace'::regclass as class, oid, nspowner as owner
+              from pg_namespace where oid = 'pgpubsub'::regnamespace
+            union all
+            select 'pg_class'::regclass, oid, relowner
+              from pg_class where relnamespace = 'pgpubsub'::regnamespace
+            union all
+            select 'pg_proc'::regclass, oid, proowner
+              from pg_proc where pronamespace = 'pgpubsub'::regnamespace) as object
+      join pg_roles on pg_roles.oid = object.owner
+     where rolname <> current_user and not rolsuper
+     limit 1;
+    if found then
+        raise exception '% belongs to role %, not to role %',
+            found_object, quote_ident(found_owner), quote_ident(current_user)
+            using hint = 'Nothing was changed. If that is right, load this file as '
+                         'the role that owns it; else drop it first.';
+    end if;
+end
+$$;
+
 comment on schema pgpubsub is
     'pgpubsub: notifications for websocket clients';
 
@@ -122,15 +159,23 @@ as $$
 begin
     delete from pgpubsub.access
      where token_hash = sha256(convert_to(token, 'UTF8'));
-    return found;
+    if not found then
+        return false;
+    end if;
+    -- Makes pgpubsub ask at once, when this commits, who may stay.
+    perform pg_notify('pgpubsub', 'access');
+    return true;
 end
 $$;
 comment on function pgpubsub.revoke_token is
-    'Takes all of a token''s rights from it; false if it had none';
+    'Takes all of a token''s rights from it, which closes its websockets; false if it had none';
 
 -- Privileges: none but those you grant, see above.
+-- They name what is of this file, lest they take what another one grants.
 revoke all on schema pgpubsub from public;
-revoke all on all tables in schema pgpubsub from public;
-revoke all on all functions in schema pgpubsub from public;
+revoke all on pgpubsub.access from public;
+revoke all on function pgpubsub.may_subscribe(text, text, text),
+    pgpubsub.issue_token(text, text, interval, text), pgpubsub.revoke_token(text)
+    from public;
 
 commit;

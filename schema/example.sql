@@ -40,8 +40,43 @@ begin;
 
 -- Loading it again need not tell what is there already.
 set local client_min_messages = warning;
+-- Names below are PostgreSQL's own, whatever somebody has put into `public`.
+set local search_path = pg_catalog, pg_temp;
 
 create schema if not exists shop;
+
+-- Whoever may create a schema could have prepared this one, with a trigger or a
+-- function of theirs in it that would run with the rights of whoever loads this
+-- file. So all that is there must belong to the role that loads it, or to a
+-- superuser, who needs no such trick. A superuser should not get around this by
+-- `set role`, as a trigger can undo that.
+do $$
+declare
+    found_owner name;
+    found_object text;
+begin
+    select rolname, pg_describe_object(object.class, object.oid, 0)
+      into found_owner, found_object
+      from (select 'pg_namespace'::regclass as class, oid, nspowner as owner
+              from pg_namespace where oid = 'shop'::regnamespace
+            union all
+            select 'pg_class'::regclass, oid, relowner
+              from pg_class where relnamespace = 'shop'::regnamespace
+            union all
+            select 'pg_proc'::regclass, oid, proowner
+              from pg_proc where pronamespace = 'shop'::regnamespace) as object
+      join pg_roles on pg_roles.oid = object.owner
+     where rolname <> current_user and not rolsuper
+     limit 1;
+    if found then
+        raise exception '% belongs to role %, not to role %',
+            found_object, quote_ident(found_owner), quote_ident(current_user)
+            using hint = 'Nothing was changed. If that is right, load this file as '
+                         'the role that owns it; else drop it first.';
+    end if;
+end
+$$;
+
 comment on schema shop is 'pgpubsub''s example: a small shop';
 
 create table if not exists shop.customers (
@@ -151,30 +186,38 @@ exception when duplicate_object then
 end
 $$;
 
--- What an application does to use the log: another trigger on its table.
+-- What an application does to use the log: another trigger on its tables.
 create or replace function shop.use_log() returns void
 language plpgsql
 as $$
 begin
+    drop trigger if exists notify on shop.customers;
+    create trigger notify after insert or update or delete on shop.customers
+        for each row execute function pgpubsub.notify_change('customers', 'id');
     drop trigger if exists notify on shop.orders;
     create trigger notify after insert or update or delete on shop.orders
         for each row execute function pgpubsub.notify_change('orders', 'customer_id');
 end
 $$;
 comment on function shop.use_log is
-    'Lets orders go through the log of pgpubsub.sql; loading example.sql again leaves it so';
+    'Lets changes go through the log of pgpubsub.sql; loading example.sql again leaves it so';
 
 create or replace function shop.trade() returns void
 language plpgsql
 as $$
 begin
-    case floor(random() * 3)
+    case floor(random() * 4)
     when 0 then
         update shop.orders set status = 'shipped'
          where id = (select min(id) from shop.orders where status = 'new');
     when 1 then
         delete from shop.orders
          where id = (select min(id) from shop.orders where status = 'shipped');
+    when 2 then
+        update shop.customers
+           set name = case when name like '% (regular)' then replace(name, ' (regular)', '')
+                           else name || ' (regular)' end
+         where id = (select id from shop.customers order by random() limit 1);
     else
         insert into shop.orders (customer_id, item, quantity)
         select id, (array['tea', 'coffee', 'cake'])[floor(1 + random() * 3)],
@@ -184,6 +227,6 @@ begin
 end
 $$;
 comment on function shop.trade is
-    'Places an order, ships one, or forgets one that was shipped';
+    'Places an order, ships one, forgets one that was shipped, or makes a customer a regular or no longer one';
 
 commit;

@@ -2,11 +2,13 @@
 --
 -- NOTIFY forgets: who is away when a notification commits never hears of it.
 -- What is published here is also kept, under a number, seq, so that a client
--- that comes back with the last seq it saw gets all that it missed. Optional:
--- pgpubsub serves plain NOTIFY without any of this.
+-- that comes back with its position gets all that it missed. Optional: pgpubsub
+-- serves plain NOTIFY without any of this.
 --
 -- Load it, as often as you like, on PostgreSQL 13 or later, as any role that
--- may create a schema (it need not be a superuser; it will own the log):
+-- may create a schema (it need not be a superuser; it will own the log). Loaded
+-- over the log of an older version it keeps every notification. It waits for
+-- transactions that are publishing, and those that come then wait for it:
 --
 --     psql -v ON_ERROR_STOP=1 -d DATABASE -f pgpubsub.sql
 --
@@ -15,21 +17,32 @@
 -- connects as:
 --
 --     grant usage on schema pgpubsub to app, pgpubsub_server;
---     grant execute on function pgpubsub.publish to app;
---     grant execute on function pgpubsub.notify_change to app;  -- to attach it
+--     grant execute on function
+--         pgpubsub.publish(text, text, text), pgpubsub.publish(text, text, bigint),
+--         pgpubsub.publish(text, json, text), pgpubsub.publish(text, json, bigint),
+--         pgpubsub.publish(text, jsonb, text), pgpubsub.publish(text, jsonb, bigint),
+--         pgpubsub.position(),
+--         pgpubsub.notify_change()  -- to attach it to tables
+--         to app;
 --     grant select on pgpubsub.notification, pgpubsub.bounds to pgpubsub_server;
 --
 -- Publish what you like, in any transaction, or let a table do it:
 --
---     select pgpubsub.publish('orders', '{"shipped": 7}', id => '42');
+--     select pgpubsub.publish('orders', '{"shipped": 7}', id => 42);
 --
 --     create trigger notify after insert or update or delete on orders
 --         for each row execute function
 --         pgpubsub.notify_change('orders', 'customer_id');
 --
--- Keep a week of it, once an hour from cron or pg_cron:
+-- Get a state, and the position from which to follow what becomes of it, both
+-- in one statement and so of one moment:
 --
---     select pgpubsub.prune('7 days');
+--     select pgpubsub.position(), (select json_agg(o) from orders o);
+--
+-- Keep a week of it, once an hour, from pg_cron or by such a line in a crontab,
+-- which prints nothing that cron would mail:
+--
+--     0 * * * * psql -d DATABASE -qAtc "select pgpubsub.prune('7 days')" >/dev/null
 --
 -- A transaction that publishes cannot be prepared for two-phase commit, as
 -- none can that has executed NOTIFY.
@@ -38,10 +51,56 @@ begin;
 
 -- Loading it again need not tell what is there already.
 set local client_min_messages = warning;
+-- Names below are PostgreSQL's own, whatever somebody has put into `public`.
+set local search_path = pg_catalog, pg_temp;
 
 create schema if not exists pgpubsub;
+
+-- Whoever may create a schema could have prepared this one, with a trigger or a
+-- function of theirs in it that would run with the rights of whoever loads this
+-- file. So all that is there must belong to the role that loads it, or to a
+-- superuser, who needs no such trick. A superuser should not get around this by
+-- `set role`, as a trigger can undo that.
+do $$
+declare
+    found_owner name;
+    found_object text;
+begin
+    select rolname, pg_describe_object(object.class, object.oid, 0)
+      into found_owner, found_object
+      from (select 'pg_namespace'::regclass as class, oid, nspowner as owner
+              from pg_namespace where oid = 'pgpubsub'::regnamespace
+            union all
+            select 'pg_class'::regclass, oid, relowner
+              from pg_class where relnamespace = 'pgpubsub'::regnamespace
+            union all
+            select 'pg_proc'::regclass, oid, proowner
+              from pg_proc where pronamespace = 'pgpubsub'::regnamespace) as object
+      join pg_roles on pg_roles.oid = object.owner
+     where rolname <> current_user and not rolsuper
+     limit 1;
+    if found then
+        raise exception '% belongs to role %, not to role %',
+            found_object, quote_ident(found_owner), quote_ident(current_user)
+            using hint = 'Nothing was changed. If that is right, load this file as '
+                         'the role that owns it; else drop it first.';
+    end if;
+end
+$$;
+
 comment on schema pgpubsub is
     'pgpubsub: notifications for websocket clients';
+
+-- Over a log in use: all locks that conflict with who publishes, reads or prunes,
+-- in the order in which they take theirs, as otherwise there would be deadlocks.
+do $$
+begin
+    if to_regclass('pgpubsub.outbox') is not null then
+        lock table pgpubsub.outbox in access exclusive mode;
+        lock table pgpubsub.bounds in access exclusive mode;  -- and its tables
+    end if;
+end
+$$;
 
 
 -- Tables
@@ -59,9 +118,9 @@ create table if not exists pgpubsub.notification (
 comment on table pgpubsub.notification is
     'The log: what was published, in commit order; written by publish() and prune() only';
 comment on column pgpubsub.notification.seq is
-    'Position in the log: what commits later has a higher one; there are gaps';
+    'Its number: what commits later has a higher one; there are gaps';
 comment on column pgpubsub.notification.id is
-    'The client it is for; null: everybody on the channel';
+    'The client it is for; null: whom its payload names, else everybody on the channel';
 comment on column pgpubsub.notification.published_at is
     'When its transaction committed';
 
@@ -80,22 +139,73 @@ comment on table pgpubsub.outbox is
     'Notifications of transactions that have not committed yet: looks empty, always';
 
 create table if not exists pgpubsub.pruned (
-    seq      bigint  not null,
-    one_row  boolean primary key default true check (one_row)
+    seq          bigint      not null,
+    one_row      boolean     primary key default true check (one_row),
+    published_at timestamptz not null default clock_timestamp()
 );
+-- Version 1.0 had no such column.
+alter table pgpubsub.pruned
+    add column if not exists published_at timestamptz not null default clock_timestamp();
 comment on table pgpubsub.pruned is
     'One row: the log is complete after this seq; kept by prune()';
+comment on column pgpubsub.pruned.published_at is
+    'When the notification with this seq was published; until prune() has deleted one, when the log was made';
 
 insert into pgpubsub.pruned (seq) values (0) on conflict do nothing;
 
--- Not the sequence's last value: that number's transaction may not have
--- committed, and who reads on from it never sees what does.
+
+-- Positions
+
+-- A position is a place in the log that is not mistaken for one in another log:
+-- a seq, and when the notification with that seq was published. After a failover
+-- to a standby that lagged, or a restore, the same seq may be another notification.
+-- Only here is its text made; all others compare it.
+--
+-- It has no `set search_path`, so that PostgreSQL can put it in line; instead it
+-- names the operators' schema. Whoever may see what goes in may have what comes
+-- out, so everybody may execute it. round() because PostgreSQL 13 computes with
+-- floating point, which is exact to the microsecond once it is rounded.
+create or replace function pgpubsub.position_of(seq bigint, published_at timestamptz)
+returns text
+language sql
+stable
+as $$
+    select seq::text operator(pg_catalog.||) '-' operator(pg_catalog.||)
+           pg_catalog.to_hex(pg_catalog.round(
+               extract(epoch from published_at) operator(pg_catalog.*) 1000000)::bigint)
+$$;
+comment on function pgpubsub.position_of is
+    'The position of the notification with this seq, published at that time: the seq, and microseconds since 1970 in hexadecimal';
+
+-- The newest is not the sequence's last value: that number's transaction may not
+-- have committed, and who reads on from it never sees what does. It is found by
+-- one step in the index. (The log comes before `pruned` here because prune() locks
+-- them in this order; see the locks above.)
 create or replace view pgpubsub.bounds as
 select pruned.seq as pruned,
-       greatest(pruned.seq, (select max(seq) from pgpubsub.notification)) as newest
-  from pgpubsub.pruned;
+       coalesce(last.seq, pruned.seq) as newest,
+       pgpubsub.position_of(pruned.seq, pruned.published_at) as pruned_position,
+       coalesce(pgpubsub.position_of(last.seq, last.published_at),
+                pgpubsub.position_of(pruned.seq, pruned.published_at)) as newest_position
+  from (select seq, published_at
+          from pgpubsub.notification order by seq desc limit 1) as last
+ right join pgpubsub.pruned on true;
 comment on view pgpubsub.bounds is
-    'One row: every notification after seq `pruned` is in the log, the last one is `newest`';
+    'One row: every notification after seq `pruned` is in the log, the last one is `newest`; and their positions';
+
+-- Stable, and so it sees what the statement around it sees: a volatile function
+-- would see what has committed since that statement began.
+create or replace function pgpubsub.position()
+returns text
+language sql
+stable
+security definer  -- so that who asks needs no rights on the log
+set search_path = pg_catalog, pg_temp
+as $$
+    select newest_position from pgpubsub.bounds
+$$;
+comment on function pgpubsub.position() is
+    'The position of the newest notification: who selects a state in the same statement can follow the log from there, and misses nothing';
 
 
 -- Publishing
@@ -111,8 +221,50 @@ begin
     values (channel, coalesce(payload, ''), id);  -- null is '' to pg_notify, too
 end
 $$;
-comment on function pgpubsub.publish is
-    'Publishes a payload of any length on a channel, for one client (id) or for everybody (null), when the transaction commits';
+comment on function pgpubsub.publish(text, text, text) is
+    'Publishes a payload of any length on a channel when the transaction commits: for one client (id); without an id, for the client that the payload names, else for everybody';
+
+-- The same for what people have at hand, so that they need no casts. Only the
+-- functions with a text id have a default for it, as a call without an id would
+-- fit two functions otherwise. A literal and a null without a type are text to
+-- PostgreSQL where it can choose.
+create or replace function pgpubsub.publish(channel text, payload text, id bigint)
+returns void language sql as $$
+    select pgpubsub.publish(channel, payload, id::text)
+$$;
+create or replace function pgpubsub.publish(channel text, payload json, id text default null)
+returns void language sql as $$
+    select pgpubsub.publish(channel, payload::text, id)
+$$;
+create or replace function pgpubsub.publish(channel text, payload json, id bigint)
+returns void language sql as $$
+    select pgpubsub.publish(channel, payload::text, id::text)
+$$;
+create or replace function pgpubsub.publish(channel text, payload jsonb, id text default null)
+returns void language sql as $$
+    select pgpubsub.publish(channel, payload::text, id)
+$$;
+create or replace function pgpubsub.publish(channel text, payload jsonb, id bigint)
+returns void language sql as $$
+    select pgpubsub.publish(channel, payload::text, id::text)
+$$;
+comment on function pgpubsub.publish(text, text, bigint) is
+    'publish() with a number as id';
+comment on function pgpubsub.publish(text, json, text) is
+    'publish() with a payload of JSON';
+comment on function pgpubsub.publish(text, json, bigint) is
+    'publish() with a payload of JSON and a number as id';
+comment on function pgpubsub.publish(text, jsonb, text) is
+    'publish() with a payload of JSON';
+comment on function pgpubsub.publish(text, jsonb, bigint) is
+    'publish() with a payload of JSON and a number as id';
+
+-- What is locked at commit: a view, so that nothing else ever locks it. VACUUM and
+-- ANALYZE lock tables in the same mode, and publishers would wait as long as such a
+-- transaction lasts; an advisory lock could be taken by any role, and never given back.
+create or replace view pgpubsub.commit_lock as select;
+comment on view pgpubsub.commit_lock is
+    'Has nothing in it: who publishes locks it while the transaction commits';
 
 -- seq order is commit order: who has read up to a seq never finds a lower one
 -- later. A number drawn as the row is written does not give that, because the
@@ -151,8 +303,7 @@ begin
         return null;
     end if;
 
-    -- The key is the eight letters of 'pgpubsub'.
-    perform pg_advisory_xact_lock(x'7067707562737562'::bigint);
+    lock table pgpubsub.commit_lock in share update exclusive mode;
     insert into pgpubsub.notification (channel, payload, id)
     values (old.channel, old.payload, old.id);
     -- The doorbell. PostgreSQL delivers equal ones of a transaction once.
@@ -232,7 +383,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     deleted bigint;
-    last_deleted bigint;
+    last_seq bigint;
+    last_published_at timestamptz;
 begin
     -- All before the first one to keep, by seq, so that no gap comes into what
     -- is kept if the clock was set back; and it reads only what it deletes.
@@ -242,12 +394,17 @@ begin
                                 where published_at >= now() - keep
                                 order by seq limit 1),
                               9223372036854775807)
-        returning seq
+        returning seq, published_at
     )
-    select count(*), max(seq) into deleted, last_deleted from gone;
+    select seq, published_at, (select count(*) from gone)
+      into last_seq, last_published_at, deleted
+      from gone order by seq desc limit 1;
+    if not found then
+        return 0;
+    end if;
 
-    update pgpubsub.pruned set seq = greatest(seq, last_deleted)
-     where deleted > 0;
+    update pgpubsub.pruned set seq = last_seq, published_at = last_published_at
+     where seq < last_seq;
     return deleted;
 end
 $$;
@@ -261,5 +418,6 @@ revoke all on schema pgpubsub from public;
 revoke all on all tables in schema pgpubsub from public;
 revoke all on all sequences in schema pgpubsub from public;
 revoke all on all functions in schema pgpubsub from public;
+grant execute on function pgpubsub.position_of(bigint, timestamptz) to public;
 
 commit;
