@@ -91,13 +91,12 @@ $$;
 comment on schema pgpubsub is
     'pgpubsub: notifications for websocket clients';
 
--- Over a log in use: all locks that conflict with who publishes, reads or prunes,
--- in the order in which they take theirs, as otherwise there would be deadlocks.
+-- Over a log in use: who publishes locks the outbox before anything else, so it is
+-- locked first here, too. In another order there would be deadlocks.
 do $$
 begin
     if to_regclass('pgpubsub.outbox') is not null then
         lock table pgpubsub.outbox in access exclusive mode;
-        lock table pgpubsub.bounds in access exclusive mode;  -- and its tables
     end if;
 end
 $$;
@@ -143,9 +142,20 @@ create table if not exists pgpubsub.pruned (
     one_row      boolean     primary key default true check (one_row),
     published_at timestamptz not null default clock_timestamp()
 );
--- Version 1.0 had no such column.
-alter table pgpubsub.pruned
-    add column if not exists published_at timestamptz not null default clock_timestamp();
+-- Version 1.0 had no such column. Not `add column if not exists`, which locks out who
+-- reads even when there is nothing to add, and deadlocks with whoever has locked the
+-- view already and goes on to its tables. So the view comes first here, with them.
+do $$
+begin
+    if not exists (select from pg_attribute
+                    where attrelid = 'pgpubsub.pruned'::regclass
+                      and attname = 'published_at') then
+        lock table pgpubsub.bounds in access exclusive mode;
+        alter table pgpubsub.pruned
+            add column published_at timestamptz not null default clock_timestamp();
+    end if;
+end
+$$;
 comment on table pgpubsub.pruned is
     'One row: the log is complete after this seq; kept by prune()';
 comment on column pgpubsub.pruned.published_at is
@@ -179,17 +189,16 @@ comment on function pgpubsub.position_of is
 
 -- The newest is not the sequence's last value: that number's transaction may not
 -- have committed, and who reads on from it never sees what does. It is found by
--- one step in the index. (The log comes before `pruned` here because prune() locks
--- them in this order; see the locks above.)
+-- one step in the index.
 create or replace view pgpubsub.bounds as
 select pruned.seq as pruned,
        coalesce(last.seq, pruned.seq) as newest,
        pgpubsub.position_of(pruned.seq, pruned.published_at) as pruned_position,
        coalesce(pgpubsub.position_of(last.seq, last.published_at),
                 pgpubsub.position_of(pruned.seq, pruned.published_at)) as newest_position
-  from (select seq, published_at
-          from pgpubsub.notification order by seq desc limit 1) as last
- right join pgpubsub.pruned on true;
+  from pgpubsub.pruned
+  left join (select seq, published_at
+               from pgpubsub.notification order by seq desc limit 1) as last on true;
 comment on view pgpubsub.bounds is
     'One row: every notification after seq `pruned` is in the log, the last one is `newest`; and their positions';
 
