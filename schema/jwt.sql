@@ -5,8 +5,9 @@
 -- taken back one by one, see access.sql, which can do that.)
 --
 -- Load it, as often as you like, on PostgreSQL 13 or later, as any role that
--- may create a schema (it need not be a superuser), and set the secret, 32 bytes
--- or more (RFC 7518, section 3.2). No extension is needed:
+-- may create a schema (it need not be a superuser), and set the secret, a text of
+-- 32 bytes or more (RFC 7518, section 3.2; `openssl rand -hex 32` makes one). No
+-- extension is needed:
 --
 --     psql -v ON_ERROR_STOP=1 -d DATABASE -f jwt.sql
 --     select pgpubsub.set_jwt_secret('...');
@@ -183,14 +184,13 @@ begin
     header := pgpubsub.jwt_part(split_part(token, '.', 1));
     claims := pgpubsub.jwt_part(split_part(token, '.', 2));
     -- `crit` names extensions that must be understood (RFC 7515, section 4.1.11).
-    if header -> 'alg' is distinct from '"HS256"' or header ? 'crit'
-        or jsonb_typeof(claims) is distinct from 'object' then
+    if header -> 'alg' is distinct from '"HS256"' or header ? 'crit' then
         return false;
     end if;
 
     -- Types come first, one `if` each: SQL's `and` promises no order, and a cast of
     -- another type would be an error. Times are compared as numeric: any JSON
-    -- number is one, however large.
+    -- number is one, however large. What is no object has no `exp`.
     if jsonb_typeof(claims -> 'exp') is distinct from 'number' then
         return false;
     end if;
