@@ -414,6 +414,8 @@ begin
 
     update pgpubsub.pruned set seq = last_seq, published_at = last_published_at
      where seq < last_seq;
+    -- The doorbell: what servers have in memory they forget, too.
+    perform pg_notify('pgpubsub', '');
     return deleted;
 end
 $$;
