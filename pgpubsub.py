@@ -85,7 +85,7 @@ try:
     import psycopg2
     import simple_websocket  # type: ignore[import-untyped]
     from psycopg2 import extensions, sql
-    from psycopg2.errors import QueryCanceled, UntranslatableCharacter
+    from psycopg2.errors import QueryCanceled
     from werkzeug.exceptions import HTTPException
     from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
     from werkzeug.wrappers import Request, Response
@@ -132,7 +132,8 @@ SEND_BUFFER = 1 << 17  # bytes, which the kernel doubles: it would hide megabyte
 ACCEPT_BACKLOG = 4096  # connections not yet accepted: a storm of clients coming back
 SPARE = 64  # connections past -max (to say 503, /metrics), and other descriptors
 POOL_SIZE = 4  # connections for the questions of requests
-PAGE_ROWS, PAGE_BYTES = 1000, 1 << 20  # what is read from the log at once, at the most
+PAGE_ROWS = 1000  # read from the log at once, at the most
+PAGE_BYTES = 1 << 20  # likewise
 PAGE_SPAN = 100_000  # seqs looked at for a page, so that each query is a short one
 MAX_TAIL = 1 << 26  # bytes of the log's tail in memory; -backlog can make it less
 ENTRY_OVERHEAD = 200  # bytes that an entry of the tail takes besides its frame
@@ -219,12 +220,6 @@ class Gate:
             if start() is not False:
                 return
 
-    def come_in(self) -> None:
-        """Blocks until there is a place."""
-        turn = acquired_lock()
-        self.enter(turn.release)
-        turn.acquire()
-
     def wait(self, until: Callable[[Callable[[], None]], None]) -> None:
         """Who is in waits outside until what it gave to until() has been called.
 
@@ -242,7 +237,9 @@ class Gate:
         try:
             yield
         finally:
-            self.come_in()
+            turn = acquired_lock()
+            self.enter(turn.release)
+            turn.acquire()
 
 
 class Trouble:
@@ -1353,6 +1350,15 @@ class Connection(extensions.connection):
                 self.close()  # what comes late would be taken for another answer
                 raise NoAnswer(f"no answer in {DATABASE_TIMEOUT:g} seconds")
 
+    def can_spell(self, text: str) -> bool:
+        """Whether the database's encoding has all of a text, and PostgreSQL's no NUL."""
+        encoding = self.info.parameter_status("server_encoding") or "UTF8"
+        try:
+            text.encode(extensions.encodings.get(encoding, "utf_8"))
+        except UnicodeEncodeError:
+            return False
+        return "\0" not in text
+
     def is_lost(self, error: psycopg2.Error) -> bool:
         """Whether it can't be used after this error; else only the statement failed."""
         return bool(self.closed) or error.pgcode is None or error.pgcode[:3] == "57P"
@@ -1741,7 +1747,10 @@ BEFORE_TAIL = """
     ) newest where bytes > %s order by seq desc limit 1"""
 # A page ends before it has too many bytes, but has one row at least.
 PAGE = f"""
-    select pruned, pruned_position, channel, id, payload, seq, position, delay
+    select pruned, pruned_position, (
+        select pgpubsub.position_of(seq, published_at)
+        from pgpubsub.notification where seq = %s),
+        channel, id, payload, seq, position, delay
     from pgpubsub.bounds left join (
         select channel, id, payload, seq, pgpubsub.position_of(seq, published_at)
             as position, extract(epoch from clock_timestamp() - published_at)::float8
@@ -1761,35 +1770,36 @@ class Position(NamedTuple):
     """A place in the log: behind the notification with that seq."""
 
     seq: int
-    text: str
+    text: str  # empty: a bare seq, which is not checked
 
 
 class Broken(Exception):
     """The log has not, or no more, what is behind a position; it says why."""
 
 
-def check_position(
-    seq: int, text: str | None, pruned: Position, at: str | None
-) -> None:
+def check_position(position: Position, pruned: Position, at: str | None) -> None:
     """Raises Broken. at: the text of the position that the log has with that seq."""
-    if seq < pruned.seq:
+    if position.seq < pruned.seq:
         raise Broken(f"the log is pruned up to {pruned.seq}")
-    if text and text != (pruned.text if seq == pruned.seq else at):
+    there = pruned.text if position.seq == pruned.seq else at
+    if position.text and position.text != there:
         raise Broken("the log is not the one it was")
 
 
 def read_page(
-    connection: Connection, after: int, upto: int, wish: Subscription
+    connection: Connection, known: Position, after: int, upto: int, wish: Subscription
 ) -> tuple[Position, list[Notification]]:
-    """What is pruned, and what is wanted of some seqs; raises psycopg2.Error and Broken."""
+    """What is pruned, and what is wanted of the seqs from after to upto.
+
+    Raises psycopg2.Error, and Broken if the log has not the position that is known.
+    """
     channels, client_id, _ = wish
     anybody = client_id is None
-    values = [after, upto, not channels, list(channels), anybody, client_id]
+    values = [known.seq, after, upto, not channels, list(channels), anybody, client_id]
     rows = connection.ask(PAGE, values)
-    pruned = Position(*rows[0][:2])
-    if pruned.seq > after:
-        raise Broken("the log was pruned before it was read")
-    return pruned, [Notification(*row[2:]) for row in rows if row[2] is not None]
+    pruned, at = Position(*rows[0][:2]), rows[0][2]
+    check_position(known, pruned, at)
+    return pruned, [Notification(*row[3:]) for row in rows if row[3] is not None]
 
 
 def encode_bookmark(position: Position) -> bytes:
@@ -1853,22 +1863,23 @@ class Tail:
 
     def frames(
         self, seq: int, wish: Subscription, limit: int
-    ) -> tuple[list[bytes], int]:
-        """References to what it has for a subscription behind a seq, and up to which.
+    ) -> tuple[list[bytes], Position]:
+        """References to what it has for a subscription behind a seq, and up to where.
 
         That ends with the first frame that makes it more than a limit, in bytes.
         """
         channels, client_id, _ = wish
         frames: list[bytes] = []
-        size = 0
+        size, position = 0, self.newest
         for entry in islice(self._entries, self._index(seq), self._number):
-            seq, _, channel, to, frame = entry
+            _, _, channel, to, frame = entry
             if channel in channels and (to is None or client_id in (None, to)):
                 frames.append(frame)
                 size += len(frame)
                 if size > limit:
+                    position = Position(*entry[:2])
                     break
-        return frames, seq
+        return frames, position
 
     def _index(self, seq: int) -> int:
         """Of the first entry behind a seq."""
@@ -1996,13 +2007,13 @@ class Log(threading.Thread):
 
     def _resume(self, connection: Connection) -> None:
         """Goes on behind the newest position, if the log still has it, or begins."""
-        seq, text = self._tail.newest
-        ((pruned, position, newest, _, at),) = connection.ask(POSITION_AT, [seq])
+        known = self._tail.newest
+        ((pruned, position, newest, _, at),) = connection.ask(POSITION_AT, [known.seq])
         begin = Position(pruned, position)
         if self._is_loaded:
-            if self._hub.standby and newest < seq:
+            if self._hub.standby and newest < known.seq:
                 raise psycopg2.OperationalError("the standby is behind")
-            check_position(seq, text, begin, at)
+            check_position(known, begin, at)
             return
         self._pruned = begin
         if not self._was_missing:
@@ -2024,8 +2035,8 @@ class Log(threading.Thread):
         is_last = False
         while not is_last:
             read_at = time.monotonic()
-            after = self._tail.newest.seq
-            pruned, page = read_page(connection, after, LAST_SEQ, EVERYTHING)
+            known = self._tail.newest
+            pruned, page = read_page(connection, known, known.seq, LAST_SEQ, EVERYTHING)
             bytes_at_most = 4 * sum(len(n.payload) for n in page)
             is_last = len(page) < PAGE_ROWS and bytes_at_most < PAGE_BYTES
             batch = self._addressed(page)
@@ -2099,8 +2110,8 @@ class Log(threading.Thread):
 
     # What requests use.
 
-    def find(self, since: str) -> int:
-        """The seq behind which a request goes on. May block, outside the gate.
+    def find(self, since: str) -> Position:
+        """The position behind which a request goes on. May block, outside the gate.
 
         Raises a refusal where the log can't go on from there.
         """
@@ -2109,15 +2120,16 @@ class Log(threading.Thread):
         given = re.fullmatch("([0-9]{1,18})(-[0-9a-f]{1,16})?", since)
         if not given:
             raise refusal(400, "since must be a position, a seq, or now")
-        seq, text = int(given[1]), since if given[2] else None
+        seq = int(given[1])
+        position = Position(seq, since if given[2] else "")
         self._check_served()
         if seq > self._tail.newest.seq:
             self._gate.wait(partial(self._when_read, seq))
             self._check_served()
         with self._hub.lock:
             tail, pruned = self._tail, self._pruned
-        if seq == 0 and not text:
-            return pruned.seq
+        if position == (0, ""):
+            return pruned
         if seq > tail.newest.seq and self._hub.standby:
             raise refusal(503, "this standby is not there yet", Retry_After="1")
         if seq > tail.newest.seq:
@@ -2125,13 +2137,13 @@ class Log(threading.Thread):
             raise refusal(400, told)
         at = tail.position_at(seq)
         if pruned.seq <= seq < tail.base.seq:
-            ((prunes, position, _, _, at),) = self._ask(POSITION_AT, [seq])
-            pruned = Position(prunes, position)
+            ((pruned_seq, text, _, _, at),) = self._ask(POSITION_AT, [seq])
+            pruned = Position(pruned_seq, text)
         try:
-            check_position(seq, text, pruned, at)
+            check_position(position, pruned, at)
         except Broken as broken:
             raise refusal(410, f"{broken}: fetch the state") from None
-        return seq
+        return position
 
     def _ask(self, query: str, values: Sequence[object]) -> list[Any]:
         """Outside the gate. Raises a refusal."""
@@ -2181,14 +2193,15 @@ class Log(threading.Thread):
         self._hub.metrics.count("deliveries_total", by=len(frames))
         return True
 
-    def catch_up(self, subscriber: Subscriber, seq: int) -> None:
-        """Replays what is behind a seq, and joins it. In its writer's thread.
+    def catch_up(self, subscriber: Subscriber, position: Position) -> None:
+        """Replays what is behind a position, and joins it. In its writer's thread.
 
         It waits for the client after each page, so a slow one has no more in memory.
         """
         try:
+            seq, wish = position.seq, subscriber.subscription
             while not subscriber.code and not self.hand_over(subscriber, seq):
-                frames, seq = self._page(subscriber.subscription, seq)
+                frames, position, seq = self._page(wish, position, seq)
                 subscriber.put_pieces(frames)
                 subscriber.write_all()
                 self._hub.metrics.count("deliveries_total", by=len(frames))
@@ -2198,26 +2211,35 @@ class Log(threading.Thread):
             log.warning("closed %s: no replay: %s", subscriber.name, first_line(error))
             subscriber.close(INTERNAL_ERROR, "the log can't be read now")
 
-    def _page(self, wish: Subscription, seq: int) -> tuple[list[bytes], int]:
-        """The next frames behind a seq, and the seq up to which that is all."""
+    def _page(
+        self, wish: Subscription, known: Position, seq: int
+    ) -> tuple[list[bytes], Position, int]:
+        """The next frames behind a seq, the last position, and up to which seq they are."""
         tail = self._tail
         if seq >= tail.base.seq:
-            return tail.frames(seq, wish, PAGE_BYTES)
+            frames, position = tail.frames(seq, wish, PAGE_BYTES)
+            return frames, position, position.seq
         upto = min(seq + PAGE_SPAN, tail.newest.seq)
         try:
-            return self._replay(wish, seq, upto)
+            return self._replay(wish, known, seq, upto)
         except psycopg2.Error:  # a standby cancels what is in the way of its recovery
-            return self._replay(wish, seq, upto)
+            return self._replay(wish, known, seq, upto)
 
     def _replay(
-        self, wish: Subscription, seq: int, upto: int
-    ) -> tuple[list[bytes], int]:
-        """As _page(), from the database, a few at a time."""
+        self, wish: Subscription, known: Position, seq: int, upto: int
+    ) -> tuple[list[bytes], Position, int]:
+        """As _page(), from the database, a few at a time.
+
+        That may be another one since the last page: so what is known is checked again.
+        """
         with self._replays.connection() as connection:
-            _, page = read_page(connection, seq, upto, wish)
+            _, page = read_page(connection, known, seq, upto, wish)
             batch = [n for n in self._addressed(page) if wish.wants(n.channel, n.id)]
             frames = [n.encode(JSON_SINCE) for n in batch]
-        return frames, (page[-1].seq or upto) if page else upto
+        if page:
+            known = Position(page[-1].seq or 0, page[-1].position or "")
+            upto = known.seq
+        return frames, known, upto
 
 
 # ---- Access --------------------------------------------------------------------------
@@ -2226,41 +2248,37 @@ class Log(threading.Thread):
 # that fail, with their values: so the tokens go ahead, in a statement that can't fail.
 
 PUT_QUESTIONS = "select set_config('pgpubsub.questions', %s, false)"
-
-
-class Question(NamedTuple):
-    """Whether who has a token may subscribe to these channels as this client."""
-
-    token: str
-    channels: frozenset[str]
-    id: str | None
+ANSWER_THEM = """
+    select number, bool_and(coalesce({}(token, channel, id), false))
+    from json_to_recordset(current_setting('pgpubsub.questions')::json)
+        as question(number int, token text, channel text, id text)
+    group by number"""
+FIND_FUNCTION = """
+    select oid::regproc::text from pg_proc where oid = to_regprocedure(%s)
+        and prorettype = 'boolean'::regtype
+        and has_schema_privilege(pronamespace, 'usage')
+        and has_function_privilege(oid, 'execute')"""
+Question = tuple[str, Subscription]  # may who has this token subscribe to that?
 
 
 class Access(threading.Thread):
     """Asks whether clients may subscribe, and whether they still may."""
 
     def __init__(self, database: Database, function: str, recheck: float) -> None:
-        """recheck: seconds; 0: only when a token is revoked."""
+        """recheck: seconds; 0: only when a token is revoked.
+
+        Raises StartupError and psycopg2.Error.
+        """
         super().__init__(name="access", daemon=True)
-        self._pool = Pool(database, POOL_SIZE)  # for handshakes
-        self._own_pool = Pool(database, 1)  # for rechecks
-        self._name = function
+        self._handshakes = Pool(database, POOL_SIZE)
+        self._rechecks = Pool(database, 1)
         self._recheck = recheck
-        self._query = ""
         self._trouble = Trouble()
         self._bell = threading.Event()
         self._lock = threading.Lock()  # guards the next one
         self._questions: dict[Subscriber, Question] = {}  # of open and new websockets
-
-    def find_function(self) -> None:
-        """Raises StartupError and psycopg2.Error. Before anybody is asked for."""
-        with self._pool.connection() as connection:
-            function = find_function(connection, self._name)
-        self._query = f"""
-            select number, bool_and(coalesce({function}(token, channel, id), false))
-            from json_to_recordset(current_setting('pgpubsub.questions')::json)
-                as question(number int, token text, channel text, id text)
-            group by number"""
+        with self._handshakes.connection() as connection:
+            self._query = ANSWER_THEM.format(find_function(connection, function))
 
     def ring(self) -> None:
         """Somebody's access may have ended. Any thread may say so."""
@@ -2268,31 +2286,36 @@ class Access(threading.Thread):
 
     # What requests use.
 
-    def register(self, subscriber: Subscriber, token: str) -> None:
-        """Before it is asked for, so that no revocation falls in between."""
-        subscription = subscriber.subscription
-        question = Question(token, subscription.channels, subscription.id)
+    def check(self, subscriber: Subscriber, token: str | None, gate: Gate) -> None:
+        """Raises a refusal unless the function allows each of the channels.
+
+        It is registered before that is asked, so that no revocation falls in between,
+        and asks outside the gate.
+        """
+        if not token:
+            raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
+        question = token, subscriber.subscription
         with self._lock:
             self._questions[subscriber] = question
+        try:
+            with gate.outside(), self._handshakes.connection() as connection:
+                # An error of the conversion would show the token in PostgreSQL's log.
+                allowed = connection.can_spell(token)
+                if allowed:
+                    allowed = self._ask(connection, [question])[question]
+        except psycopg2.Error as error:
+            message = error.diag.message_primary or str(
+                error
+            )  # not the lines that quote
+            log.error("-auth: %s", " ".join(message.replace(token, "***").split()))
+            told = "access can't be checked now"
+            raise refusal(503, told, Retry_After="5") from None
+        if not allowed:
+            raise refusal(403, "this token does not allow that")
 
     def forget(self, subscriber: Subscriber) -> None:
         with self._lock:
             self._questions.pop(subscriber, None)
-
-    def check(self, subscriber: Subscriber) -> None:
-        """Raises a refusal unless the function allows each of the channels. Blocks."""
-        with self._lock:
-            question = self._questions[subscriber]
-        try:
-            with self._pool.connection() as connection:
-                answers = self._ask(connection, [question])
-        except UntranslatableCharacter:  # to the database's encoding
-            answers = {}
-        except psycopg2.Error as error:
-            log.error("-auth: %s", primary_message(error, question.token))
-            raise refusal(503, "access can't be checked now", Retry_After="5") from None
-        if not answers.get(question):
-            raise refusal(403, "this token does not allow that")
 
     # Its own thread.
 
@@ -2302,6 +2325,7 @@ class Access(threading.Thread):
             self._bell.clear()
             try:
                 self._recheck_all()
+                self._trouble.end("access is rechecked again")
             except psycopg2.Error as error:
                 self._trouble.tell(
                     f"access can't be rechecked now: {first_line(error)}"
@@ -2317,80 +2341,53 @@ class Access(threading.Thread):
         with self._lock:
             for subscriber, question in self._questions.items():
                 holders[question].append(subscriber)
-        answers: dict[Question, bool] = {}
-        with self._own_pool.connection() as connection:
-            failed = self._ask_in_batches(connection, list(holders), answers)
-        if failed and not answers:
+        questions, answers = list(holders), dict[Question, bool]()
+        refused: list[Question] = []
+        slow: list[Question] = []  # which is no answer
+        with self._rechecks.connection() as connection:
+
+            def ask(batch: Sequence[Question]) -> None:
+                try:
+                    answers.update(self._ask(connection, batch))
+                except QueryCanceled:
+                    if len(batch) > 1:
+                        raise
+                    slow.extend(batch)
+
+            for first in range(0, len(questions), RECHECK_BATCH):
+                batch = questions[first : first + RECHECK_BATCH]
+                refused += in_halves(batch, ask, connection)
+        if (refused or slow) and not answers:
             raise psycopg2.OperationalError("the function fails for everybody")
-        self._trouble.end("access is rechecked again")
-        refused = [question for question, allowed in answers.items() if not allowed]
-        for question in refused + failed:
-            told = "access has ended: the token has expired or was revoked"
+        refused += [question for question, allowed in answers.items() if not allowed]
+        told = "access has ended: the token has expired or was revoked"
+        for question in refused:
             close_all(holders[question], UNAUTHORIZED, told)
-
-    def _ask_in_batches(
-        self,
-        connection: Connection,
-        questions: Sequence[Question],
-        answers: dict[Question, bool],
-    ) -> list[Question]:
-        """Adds the answers. Returns those for which the function fails."""
-
-        def ask(some: Sequence[Question]) -> None:
-            try:
-                answers.update(self._ask(connection, some))
-            except QueryCanceled:  # it was too slow: that is no answer
-                if len(some) > 1:
-                    raise
-                answers[some[0]] = True
-
-        failed = []
-        for first in range(0, len(questions), RECHECK_BATCH):
-            some = questions[first : first + RECHECK_BATCH]
-            failed += in_halves(some, ask, connection)
-        return failed
 
     def _ask(
         self, connection: Connection, questions: Sequence[Question]
     ) -> dict[Question, bool]:
         """Raises psycopg2.Error."""
         rows = [
-            {"number": n, "token": q.token, "channel": channel, "id": q.id}
-            for n, q in enumerate(questions)
-            for channel in q.channels
+            {"number": number, "token": token, "channel": channel, "id": wish.id}
+            for number, (token, wish) in enumerate(questions)
+            for channel in wish.channels
         ]
         connection.ask(PUT_QUESTIONS, [json.dumps(rows)])
         allowed = dict(connection.ask(self._query))
-        return {q: bool(allowed[n]) for n, q in enumerate(questions)}
+        return {question: allowed[n] for n, question in enumerate(questions)}
 
 
 def find_function(connection: Connection, function: str) -> str:
     """The name of the function of -auth, as SQL. Raises StartupError."""
     try:
-        found = connection.ask(
-            "select oid::regproc::text from pg_proc where oid = to_regprocedure(%s)"
-            " and prorettype = 'boolean'::regtype"
-            " and has_schema_privilege(pronamespace, 'usage')"
-            " and has_function_privilege(oid, 'execute')",
-            [f"{function}(text,text,text)"],
-        )
+        found = connection.ask(FIND_FUNCTION, [f"{function}(text,text,text)"])
     except (psycopg2.DataError, psycopg2.ProgrammingError):
         found = []  # it is no name, for which PostgreSQL 16 and later return null
     if not found:
         wanted = f"{function}(token text, channel text, id text) returns boolean"
         raise StartupError(f"-auth: no function {wanted} that this role may call")
     return str(found[0][0])
-
-
-def primary_message(error: psycopg2.Error, token: str) -> str:
-    """Without the other lines, which can quote the query, and without the token."""
-    message = (error.diag.message_primary or str(error)).replace(token, "***")
-    return " ".join(message.split())
-
-
-def is_storable(token: str) -> bool:
-    """Whether PostgreSQL's text can hold it: no NUL, no half of a surrogate pair."""
-    return not re.search("[\0\ud800-\udfff]", token)
 
 
 # ---- HTTP ----------------------------------------------------------------------------
@@ -2505,21 +2502,30 @@ class Application:
     # From a request to a websocket.
 
     def _subscribe(self, request: Request) -> None:
-        """Raises a refusal, until the 101 is sent."""
+        """Raises a refusal, until the 101 is sent.
+
+        A request without an upgrade, which is asked for last, is told what is wrong.
+        """
         subscription = self._subscription(request)
         self._check_origin(request)
-        sock = request.environ["werkzeug.socket"]
+        head: RequestHead = request.environ["pgpubsub.head"]
         peer = f"{request.remote_addr} port {request.environ['REMOTE_PORT']}"
         backlog, await_end = self._options.backlog, self._reader.await_end
-        subscriber = Subscriber(sock, peer, subscription, backlog, await_end)
+        subscriber = Subscriber(head.sock, peer, subscription, backlog, await_end)
         try:
             if self._access:
-                self._check_access(self._access, subscriber, bearer_token(request))
-            is_upgrade = is_upgrade_request(request)
-            seq = self._position(subscriber, request.args.get("since", ""), is_upgrade)
-            if not is_upgrade:
+                self._access.check(subscriber, bearer_token(request), self.gate)
+            if not is_upgrade(request):
+                self._hub.check(subscription)
+            elif not self._hub.add(subscriber):
+                self.gate.wait(partial(self._hub.when_heard, subscription.channels))
+                self._hub.check_heard(subscription.channels)
+            position = None
+            if subscription.follows_log:  # it is registered already, and so closed,
+                position = self._log.find(request.args["since"])  # if that ends now
+            if not is_upgrade(request):
                 raise no_upgrade(request)
-            self._start(subscriber, request, seq)
+            self._start(subscriber, request, position)
         except BaseException:
             self._forget(subscriber)
             raise
@@ -2545,56 +2551,34 @@ class Application:
             raise refusal(400, "no id can have a NUL, as PostgreSQL has no such text")
         return Subscription(channels, client_id, "since" in request.args)
 
-    def _check_access(
-        self, access: Access, subscriber: Subscriber, token: str | None
+    def _start(
+        self, subscriber: Subscriber, request: Request, position: Position | None
     ) -> None:
-        if not token:
-            raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
-        if not is_storable(token):
-            raise refusal(403, "this token does not allow that")
-        access.register(subscriber, token)
-        with self.gate.outside():
-            access.check(subscriber)
-
-    def _position(self, subscriber: Subscriber, since: str, is_upgrade: bool) -> int:
-        """Registers it, and returns the seq from which it follows the log, if it does.
-
-        Whose history ends while its position is looked up is registered already, and
-        closed. A request without an upgrade is only told what is wrong with it.
-        """
-        subscription = subscriber.subscription
-        if not is_upgrade:
-            self._hub.check(subscription)
-        elif not self._hub.add(subscriber):
-            self.gate.wait(partial(self._hub.when_heard, subscription.channels))
-            self._hub.check_heard(subscription.channels)
-        return self._log.find(since) if subscription.follows_log else 0
-
-    def _start(self, subscriber: Subscriber, request: Request, seq: int) -> None:
         """Sends the 101, after which the socket is the writer's."""
         head: RequestHead = request.environ["pgpubsub.head"]
         subprotocols = ["bearer"] if "bearer" in offered_subprotocols(request) else []
         key = request.headers["Sec-WebSocket-Key"]
         websocket = Websocket(subscriber, key, subprotocols)
-        caught_up = True
-        if subscriber.subscription.follows_log:
-            caught_up = self._log.hand_over(subscriber, seq)
+        if position and self._log.hand_over(subscriber, position.seq):
+            position = None  # it has caught up
         try:
-            behind = None if caught_up else seq
-            start_new_thread(self._write, (subscriber, head.drop, behind))
+            start_new_thread(self._write, (subscriber, head.drop, position))
         except RuntimeError:
             raise refusal(503, "no thread is to be had", Retry_After="5") from None
-        subscriber.sock.settimeout(None)
-        subscriber.open(websocket.answer, wake_writer=not caught_up)
+        head.sock.settimeout(None)
+        subscriber.open(websocket.answer, wake_writer=position is not None)
         self._reader.add(websocket, head.rest)
 
     def _write(
-        self, subscriber: Subscriber, drop: Callable[[], None], seq: int | None
+        self,
+        subscriber: Subscriber,
+        drop: Callable[[], None],
+        position: Position | None,
     ) -> None:
-        """A writer thread's whole life. It catches up from a seq, if there is one."""
+        """A writer thread's whole life. It catches up from a position, if there is one."""
         try:
-            if seq is not None:
-                self._log.catch_up(subscriber, seq)
+            if position:
+                self._log.catch_up(subscriber, position)
             subscriber.write_until_end()
         except Exception:
             log.exception("closed %s: its writer failed", subscriber.name)
@@ -2613,7 +2597,7 @@ PREFLIGHT_HEADERS = {
 }
 
 
-def is_upgrade_request(request: Request) -> bool:
+def is_upgrade(request: Request) -> bool:
     """Raises a refusal for what is no websocket handshake (RFC 6455, section 4.2.1)."""
     headers = request.headers
     connection = re.split(r"[\s,]+", headers.get("Connection", "").lower())
@@ -3329,16 +3313,10 @@ def raise_descriptor_limit(wanted: int) -> int:
     return min(room, wanted)
 
 
-class Running(NamedTuple):
-    """The parts of a server, as they are started and stopped."""
-
-    listener: Listener
-    hub: Hub
-    server: Server
-
-
-def start(options: argparse.Namespace, listening: socket.socket) -> Running:
-    """Raises StartupError."""
+def start(
+    options: argparse.Namespace, listening: socket.socket
+) -> tuple[Server, Listener, Hub]:
+    """Starts all threads. Raises StartupError."""
     maximum = raise_descriptor_limit(options.max + SPARE)
     hub = Hub(
         options.chan, options.id, min(options.max, maximum), Metrics(options.chan)
@@ -3346,14 +3324,12 @@ def start(options: argparse.Namespace, listening: socket.socket) -> Running:
     database = Database(connection_parameters(options.conn))
     gate = Gate(WORKING_REQUESTS)
     followed = Log(database, hub, gate, options.backlog, options.ping)
-    access = Access(database, options.auth, options.recheck) if options.auth else None
-    bells = {RING_LOG: followed.ring}
-    if access:
-        bells[RING_ACCESS] = access.ring
+    access, bells = None, {RING_LOG: followed.ring}
     try:
         listener = Listener(database, hub, bells)
-        if access:
-            access.find_function()
+        if options.auth:
+            access = Access(database, options.auth, options.recheck)
+            bells[RING_ACCESS] = access.ring
     except psycopg2.Error as error:
         raise StartupError(database.unusable(error)) from None
     listener.tell_where()
@@ -3373,7 +3349,7 @@ def start(options: argparse.Namespace, listening: socket.socket) -> Running:
     threads += [threading.Thread(target=server.serve_forever, name="HTTP", daemon=True)]
     for thread in threads:
         thread.start()
-    return Running(listener, hub, server)
+    return server, listener, hub
 
 
 def run(options: argparse.Namespace) -> None:
@@ -3381,7 +3357,7 @@ def run(options: argparse.Namespace) -> None:
     with open_port(options.host, options.port) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listening.listen(ACCEPT_BACKLOG)
-        listener, hub, server = start(options, listening)
+        server, listener, hub = start(options, listening)
     channels, host = ", ".join(options.chan), options.host or "localhost"
     host = f"[{host}]" if ":" in host else host
     log.info("serving %s on http://%s:%d", channels, host, server.port)
