@@ -34,6 +34,9 @@
 --
 --     select shop.use_log();
 --
+-- Whoever writes publishes then, and needs the grants of pgpubsub.sql for that: usage on
+-- the schema pgpubsub, and execute on pgpubsub.publish(text, text, text).
+--
 -- To see something happen: select shop.trade();
 
 begin;
