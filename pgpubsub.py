@@ -1561,7 +1561,7 @@ class Listener(threading.Thread):
         self._hub.metrics.set("notification_queue_ratio", usage)
         self._hub.metrics.beat("listener")
         count = len(self._hub.subscribers())
-        tell_systemd(f"WATCHDOG=1\nSTATUS={count} subscribers; listening: True")
+        tell_systemd(f"WATCHDOG=1\nSTATUS={count} subscribers")
 
     def _synchronise(self) -> bool:
         """Sends the next LISTENs and UNLISTENs. True: there may be more."""
@@ -1787,13 +1787,13 @@ class Tail(NamedTuple):
         return self.entries[index].position if is_there else None
 
     def frames(
-        self, seq: int, wish: Subscription, limit: int
+        self, seq: int, subscription: Subscription, limit: int
     ) -> tuple[list[bytes], Position]:
         """References to what it has for a subscription behind a seq, and up to where.
 
         That ends with the first frame that makes it more than a limit, in bytes.
         """
-        channels, client_id, _ = wish
+        channels, client_id, _ = subscription
         frames: list[bytes] = []
         size = 0
         for entry in islice(self.entries, self._index(seq), self.number):
@@ -1964,13 +1964,17 @@ class Log(threading.Thread):
                 self._hub.metrics.observe_delays([n.delay + since_read for n in page])
 
     def _read_page(
-        self, connection: Connection, known: Position, seqs: range, wish: Subscription
+        self,
+        connection: Connection,
+        known: Position,
+        seqs: range,
+        subscription: Subscription,
     ) -> tuple[Position, list[Notification]]:
         """What is pruned, and the first that is wanted of some seqs, by the one rule for ids.
 
         Raises psycopg2.Error, and Broken if the log has not the position that is known.
         """
-        channels, client_id, _ = wish
+        channels, client_id, _ = subscription
         values = [known.seq, seqs.start, seqs.stop, not channels, list(channels)]
         rows = connection.ask(PAGE, [*values, client_id is None, client_id])
         pruned = Position(*rows[0][:2])
@@ -2076,16 +2080,18 @@ class Log(threading.Thread):
 
         False: there is too much behind it, and it must be caught up first.
         """
-        wish = subscriber.subscription
+        subscription = subscriber.subscription
         limit = subscriber.backlog // 2
         tail = self._tail
         if seq < tail.base.seq:
             return False
-        frames, _ = tail.frames(seq, wish, limit)  # most of it, without the lock
+        frames, _ = tail.frames(
+            seq, subscription, limit
+        )  # most of it, without the lock
         with self._hub.lock:
             if tail.newest.seq < self._tail.base.seq:
                 return False
-            frames += self._tail.frames(tail.newest.seq, wish, limit)[0]
+            frames += self._tail.frames(tail.newest.seq, subscription, limit)[0]
             if sum(map(len, frames)) > limit:
                 return False
             subscriber.put_pieces([*frames, encode_bookmark(self._tail.newest)])
@@ -2100,10 +2106,10 @@ class Log(threading.Thread):
         It waits for the client after each page, so a slow one has no more in memory.
         """
         seq = position.seq
-        wish = subscriber.subscription
+        subscription = subscriber.subscription
         try:
             while not subscriber.code and not self.hand_over(subscriber, seq):
-                frames, position, seq = self._next_page(wish, position, seq)
+                frames, position, seq = self._next_page(subscription, position, seq)
                 subscriber.put_pieces(frames)
                 subscriber.write_all()
                 self._hub.metrics.count("deliveries_total", by=len(frames))
@@ -2113,25 +2119,25 @@ class Log(threading.Thread):
             log.warning("closed %s: no replay: %s", subscriber.name, first_line(error))
             subscriber.close(INTERNAL_ERROR, "the log can't be read now")
 
-    def _next_page(self, wish: Subscription, known: Position, seq: int) -> Page:
+    def _next_page(self, subscription: Subscription, known: Position, seq: int) -> Page:
         tail = self._tail
         if seq >= tail.base.seq:
-            frames, known = tail.frames(seq, wish, PAGE_BYTES)
+            frames, known = tail.frames(seq, subscription, PAGE_BYTES)
             return frames, known, known.seq
         seqs = range(seq + 1, min(seq + PAGE_SPAN, tail.newest.seq) + 1)
         try:
-            return self._replay(wish, known, seqs)
+            return self._replay(subscription, known, seqs)
         except psycopg2.Error:  # a standby cancels what is in the way of its recovery
-            return self._replay(wish, known, seqs)
+            return self._replay(subscription, known, seqs)
 
-    def _replay(self, wish: Subscription, known: Position, seqs: range) -> Page:
+    def _replay(self, subscription: Subscription, known: Position, seqs: range) -> Page:
         """From the database, a few at a time.
 
         That may be another one since the last page: so what is known is checked again.
         """
         with self._replays.connection() as connection:
-            _, page = self._read_page(connection, known, seqs, wish)
-            wanted = [n for n in page if wish.wants(n.channel, n.id)]
+            _, page = self._read_page(connection, known, seqs, subscription)
+            wanted = [n for n in page if subscription.wants(n.channel, n.id)]
             frames = [n.encode(JSON_SINCE) for n in wanted]
         if not page:
             return [], known, seqs[-1]
@@ -2256,9 +2262,14 @@ class Access(threading.Thread):
     def _ask(self, connection: Connection, questions: Sequence[Question]) -> Answers:
         """Raises psycopg2.Error."""
         rows = [
-            {"number": number, "token": token, "channel": channel, "id": wish.id}
-            for number, (token, wish) in enumerate(questions)
-            for channel in wish.channels
+            {
+                "number": number,
+                "token": token,
+                "channel": channel,
+                "id": subscription.id,
+            }
+            for number, (token, subscription) in enumerate(questions)
+            for channel in subscription.channels
         ]
         connection.ask(PUT_QUESTIONS, [json.dumps(rows)])
         allowed = dict(connection.ask(self._query))
