@@ -2655,69 +2655,49 @@ class Server(ThreadedWSGIServer):
 # policy admits nothing but its own script and style, and the module.
 
 CLIENT_MODULE = r"""// The browser's client of pgpubsub: one class, without dependencies or a build step.
-const TIMEOUT = 20; // seconds for a handshake, and for the answer why it was refused
-const LASTING = 10; // seconds that make a websocket a success: the delays begin anew
-const MAX_DELAY = 30; // seconds between two attempts, unless the server asks for more
-const MAX_RETRY_AFTER = 3600; // seconds; a proxy under maintenance may ask for days
+const TIMEOUT = 20; // seconds for a handshake and the answer why it was refused
+const MAX_DELAY = 30, MAX_RETRY_AFTER = 3600; // seconds between attempts: its own, and as a server asks
+// HTTP statuses and close codes after which the same attempt would only end the same way.
+const FINAL = [400, 401, 403, 404, 405, 410, 431, 501, 1002, 1007, 1008, 1009];
 // A token like this can be a subprotocol (RFC 7230, section 3.2.6); others go into the URL.
 const SUBPROTOCOL = /^(?!bearer$)[\w!#$%&'*+.^`|~-]+$/i;
 
-/** A subscription, which reconnects for as long as that can help. Its events are `message`,
- * `position`, `gap`, `open` and `close`, and each has a handler property. */
+/** A subscription, which reconnects for as long as that can help. Each of its events has a handler property. */
 export class Subscription extends EventTarget {
-  /** A notification. `seq` is null for a plain NOTIFY, and a BigInt past 2^53.
-   * @type {?function({data: string, channel: ?string, id: ?string, seq: ?(number|bigint),
-   *   since: ?string}): void} */
+  /** `{ data, channel, id, seq, since }`; `seq` is null for a plain NOTIFY, a BigInt past 2^53. */
   onmessage = null;
-  /** It has everything up to `since`: behind each message of the log, and as the log moves on.
-   * @type {?function({since: string}): void} */
+  /** `{ since }`: it has everything up to there. Behind each message of the log, and as the log moves on. */
   onposition = null;
-  /** Something may be missing: fetch the state. Without the log, that is at each open.
-   * @type {?function(): void} */
+  /** Something may be missing: fetch the state. Without the log, that is at each open. */
   ongap = null;
-  /** @type {?function(): void} */
   onopen = null;
-  /** `code` is the close code, or the HTTP status of a refusal. It tries again in `retry`
-   * seconds, or null: it is over.
-   * @type {?function({code: number, reason: string, retry: ?number}): void} */
+  /** `{ code, reason, retry }`: a close code, or an HTTP status; the seconds to the next attempt, or null. */
   onclose = null;
-
+  /** Where it stands in the log, to go on from there another time; null: it does not follow the log. */
+  since;
   #url; // of the websocket, without since and token, which change
-  #channel; // the only one that is asked for, else null
   #token;
-  #refusals = 0; // of the token, since it was open
-  #since; // a position, "now", or null: it does not follow the log
-  #gapIsDue; // behind the next bookmark
+  #channel = null; // of frames that are bare payloads; those in JSON name it
   #socket = null;
   #isOver = false;
 
-  /**
-   * @param {string | URL} url such as "/subscribe/orders", on the server of this module
-   * @param {object} [options]
-   * @param {string | number} [options.id] only what is for this client or for everybody
-   * @param {string | (() => string | Promise<string>)} [options.token] for access; a
-   *   function is asked before each attempt
-   * @param {string | number} [options.since] follow the log: behind the position that an
-   *   event gave, from "now", or from 0, the oldest that is kept
-   */
+  /** @param {string | URL} url such as "/subscribe/orders", on the server of this module
+   * @param {{id?: string | number, token?: string | (() => string | Promise<string>), since?: string | number}}
+   *   [options] `id`: only what is for it or for everybody. `token`: a function is asked before each attempt.
+   *   `since`: follow the log, behind a position, from "now", or from 0, the oldest that is kept. */
   constructor(url, { id = null, token = null, since = null } = {}) {
     super();
     this.#url = new URL(url, import.meta.url);
     this.#url.protocol = this.#url.protocol.replace("http", "ws");
     if (id !== null) this.#url.searchParams.set("id", id);
     this.#token = token;
-    this.#since = since === null ? this.#url.searchParams.get("since") : String(since);
-    this.#gapIsDue = this.#since === "now";
-    const path = /\/subscribe\/(.+)/.exec(decodeURIComponent(this.#url.pathname));
-    const channels = new Set(path?.[1].split(","));
-    this.#channel = channels.size === 1 ? [...channels][0] : null;
+    this.since = since === null ? this.#url.searchParams.get("since") : String(since);
+    const channels = decodeURIComponent(this.#url.pathname).split("/subscribe/")[1]?.split(",");
+    if (channels?.length === 1 && this.since === null) this.#channel = channels[0];
     for (const type of ["message", "position", "gap", "open", "close"])
       this.addEventListener(type, event => this[`on${type}`]?.(event));
     this.#run();
   }
-
-  /** Where it stands in the log, to go on from there another time. Null without the log. */
-  get since() { return this.#since; }
 
   /** Ends it. No event follows, not even `close`. */
   close() {
@@ -2725,26 +2705,26 @@ export class Subscription extends EventTarget {
     this.#socket?.close();
   }
 
-  // What a handler throws is reported by dispatchEvent(), which then returns.
   #dispatch(type, fields) {
     if (!this.#isOver) this.dispatchEvent(Object.assign(new Event(type), fields));
   }
 
   async #run() {
-    for (let failures = 0, retry = 0; !this.#isOver;) {
-      await new Promise(resolve => setTimeout(resolve, retry * 1000));
-      if (navigator.onLine === false)
-        await new Promise(resolve => addEventListener("online", resolve, { once: true }));
-      if (this.#isOver) return;
-      const { code, reason, seconds = 0, retryAfter = 0 } =
-        await this.#attempt().catch(error => ({ code: 1006, reason: String(error) }));
-      // After a definite answer the server is well, and the next attempt another one.
-      const isAnother = seconds > LASTING || [400, 401, 403, 410].includes(code);
-      failures = isAnother ? 1 : failures + 1;
-      const delay = Math.min(MAX_DELAY, 2 ** failures / 2) * (0.5 + Math.random() / 2);
-      retry = this.#canGoOn(code) ? delay + retryAfter : null;
+    for (let failures = 0, refusals = 0; !this.#isOver; failures += 1) {
+      const started = performance.now();
+      const { code, reason, retryAfter = 0 } = await this.#attempt().catch(
+        error => ({ code: 1006, reason: String(error) }));
+      refusals = code === 401 || code === 403 ? refusals + 1 : 0;
+      const hasToken = refusals === 1 && typeof this.#token === "function"; // a fresh one may help, once
+      const hasNow = (code === 400 || code === 410) && this.since !== null && this.since !== "now";
+      if (hasNow) this.since = "now"; // as the log can't go on from there
+      if (hasToken || hasNow || performance.now() - started > 2000 * TIMEOUT) failures = 0; // it was open
+      const delay = Math.min(MAX_DELAY, 2 ** failures) * (0.5 + Math.random() / 2) + retryAfter;
+      const retry = hasToken || hasNow || !FINAL.includes(code) ? delay : null;
       this.#dispatch("close", { code, reason, retry });
-      if (retry === null) this.#isOver = true;
+      if (retry === null) return this.close();
+      await new Promise(resolve => setTimeout(resolve, retry * 1000));
+      if (!navigator.onLine) await new Promise(resolve => addEventListener("online", resolve, { once: true }));
     }
   }
 
@@ -2754,78 +2734,39 @@ export class Subscription extends EventTarget {
     const bearer = SUBPROTOCOL.test(token ?? "") ? token : null;
     const url = new URL(this.#url);
     if (token && !bearer) url.searchParams.set("token", token);
-    if (this.#since !== null) url.searchParams.set("since", this.#since);
+    if (this.since !== null) url.searchParams.set("since", this.since);
     if (this.#isOver) return {};
     const socket = this.#socket = new WebSocket(url, bearer ? ["bearer", bearer] : []);
-    const timer = setTimeout(() => socket.close(), TIMEOUT * 1000);
-    // Only sending finds out whether it survived a sleep or another network.
-    const probe = () => socket.send("");
-    let opened = null;
+    const signal = AbortSignal.timeout(TIMEOUT * 1000);
+    let hasOpened = false;
+    signal.onabort = () => { if (!hasOpened) socket.close(); };
     socket.onopen = () => {
-      clearTimeout(timer);
-      addEventListener("online", probe);
-      opened = performance.now();
-      this.#refusals = 0;
+      hasOpened = true;
       this.#dispatch("open");
-      if (this.#since === null) this.#dispatch("gap");
+      if (this.since === null) this.#dispatch("gap");
     };
     socket.onmessage = ({ data }) => this.#receive(data);
     const { code, reason } = await new Promise(resolve => { socket.onclose = resolve; });
-    clearTimeout(timer);
-    removeEventListener("online", probe);
-    if (opened === null) return this.#isOver ? {} : this.#askWhy(url, bearer);
-    const seconds = (performance.now() - opened) / 1000;
-    return { code, reason: code === 1006 ? "the connection broke" : reason, seconds };
-  }
-
-  /** A browser does not tell why a handshake failed: the same without an upgrade does. */
-  async #askWhy(url, bearer) {
-    try {
-      const headers = bearer ? { Authorization: `Bearer ${bearer}` } : {};
-      const signal = AbortSignal.timeout(TIMEOUT * 1000);
-      const address = url.href.replace("ws", "http");
-      const answer = await fetch(address, { headers, signal, cache: "no-store" });
-      const isSentence = answer.headers.get("Content-Type")?.startsWith("text/plain");
-      let reason = isSentence ? (await answer.text()).trim() : answer.statusText;
-      if (answer.status === 426) reason = "no websocket: does a proxy drop Upgrade or Host?";
-      const asked = Number(answer.headers.get("Retry-After")) || 0;
-      return { code: answer.status, reason, retryAfter: Math.min(asked, MAX_RETRY_AFTER) };
-    } catch {
-      return { code: 1006, reason: "no answer: it is away, or does not admit this origin" };
-    }
-  }
-
-  /** Whether another attempt can help after such an end, and with what changed. */
-  #canGoOn(code) {
-    switch (code) {
-      case 400: case 410: // the log can't go on from there
-        if (this.#since === null || this.#since === "now") return false;
-        this.#since = "now";
-        this.#gapIsDue = true;
-        return true;
-      case 401: case 403: // a fresh token may help, once
-        this.#refusals += 1;
-        return typeof this.#token === "function" && this.#refusals === 1;
-      case 408: case 425: case 426: case 429: // timeout, too early, accepted by now, too many
-        return true;
-      case 501: case 1002: case 1007: case 1008: case 1009: // it would only come again
-        return false;
-      default:
-        return code < 400 || code >= 500;
-    }
+    if (hasOpened || this.#isOver) return { code, reason: code === 1006 ? "the connection broke" : reason };
+    // A browser does not tell why a handshake failed: the same without an upgrade does.
+    const headers = bearer ? { Authorization: `Bearer ${bearer}` } : {};
+    const answer = await fetch(url.href.replace("ws", "http"), { headers, signal, cache: "no-store" })
+      .catch(() => Promise.reject("no answer: it is away, or does not admit this origin"));
+    const isSentence = answer.headers.get("Content-Type")?.startsWith("text/plain");
+    const sentence = isSentence ? (await answer.text()).trim() : answer.statusText;
+    const retryAfter = Math.min(MAX_RETRY_AFTER, Number(answer.headers.get("Retry-After")) || 0);
+    return { code: answer.status, reason: sentence, retryAfter };
   }
 
   #receive(text) {
-    const isBare = this.#channel !== null && this.#since === null;
-    const { channel, id, seq, payload, since = null } = (isBare ? null : parse(text))
-      ?? { channel: this.#channel, id: null, seq: null, payload: text };
+    const bare = { channel: this.#channel, id: null, seq: null, payload: text };
+    const { channel, id, seq, payload, since = null } = this.#channel === null ? parse(text) ?? bare : bare;
     if (payload !== null) this.#dispatch("message", { data: payload, channel, id, seq, since });
     if (since === null) return;
-    this.#since = since; // not before the message has been seen
+    const isGap = this.since === "now";
+    this.since = since; // not before the message has been seen
     this.#dispatch("position", { since });
-    if (payload !== null || !this.#gapIsDue) return;
-    this.#gapIsDue = false;
-    this.#dispatch("gap");
+    if (isGap) this.#dispatch("gap");
   }
 }
 
@@ -2833,9 +2774,8 @@ export class Subscription extends EventTarget {
 function parse(text) {
   try {
     const fields = JSON.parse(text);
-    if (!Object.keys(fields).join().startsWith("channel,id,seq,payload")) return null;
-    if (fields.seq > Number.MAX_SAFE_INTEGER) fields.seq = BigInt(/"seq": ?(\d+)/.exec(text)[1]);
-    return fields;
+    if (fields.seq > Number.MAX_SAFE_INTEGER) fields.seq = BigInt(/"seq": (\d+)/.exec(text)[1]);
+    return Object.keys(fields).join().startsWith("channel,id,seq,payload") ? fields : null;
   } catch {
     return null;
   }
@@ -2846,253 +2786,172 @@ LIVE_PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>pgpubsub</title>
 <style>
-:root { color-scheme: light dark; --page: light-dark(#f4f6f8, #14171b); --card: light-dark(#fff, #1c2025);
-  --line: light-dark(#dfe3e8, #333a43); --edge: light-dark(#7b8591, #7f8a97); --soft: light-dark(#56606c, #a3adb9);
-  --tint: light-dark(#e8f0f9, #22303f); --blue: light-dark(#1f5c99, #86b9e6);
+:root { color-scheme: light dark; --line: light-dark(#dfe3e8, #363d46); --soft: light-dark(#56606c, #a3adb9);
+  --tint: light-dark(#edf3f9, #1f2a36); --blue: light-dark(#1f5c99, #86b9e6);
   --good: light-dark(#17713f, #5ccb90); --bad: light-dark(#ae3019, #f3917c) }
-* { box-sizing: border-box; margin: 0; min-width: 0 } [hidden] { display: none !important }
-body { max-width: 76rem; margin: auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif; background: var(--page) }
-h1 { font-size: 1.3rem; color: var(--blue) } label, button, summary { cursor: pointer }
-header, form, fieldset, .bar { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: end }
-header { justify-content: space-between } form { margin: .75rem 0; padding: .75rem }
-.bar { align-items: center; margin: .75rem 0 } #filter { flex: 1 12rem }
-fieldset, #edited { flex-basis: 100%; padding: 0; border: 0 } form > label { display: grid; flex: 1 9rem }
-form, #list, fieldset label, button, input:not([type=checkbox]) { color: CanvasText; background: var(--card);
-  border: 1px solid var(--line); border-radius: 8px }
-fieldset label, button, input:not([type=checkbox]) { padding: .3rem .65rem; font: inherit; border-color: var(--edge) }
-fieldset label:has(:checked) { background: var(--tint); border-color: var(--blue) }
-[type=checkbox] { accent-color: var(--blue); vertical-align: -1px } ::placeholder { color: var(--soft); opacity: 1 }
-#subscribe { color: var(--card); background: var(--blue) } :disabled { opacity: .5; cursor: default }
-:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px } #edited { color: var(--bad) }
-form > label, #counts, #rows p, #hint, time, .head, .cells::before { color: var(--soft) }
-[data-state]::before { content: "● " / ""; color: var(--soft) }
-[data-state=good]::before { color: var(--good) } [data-state=bad]::before { color: var(--bad) }
-pre, .cells { font: 13px/1.55 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere }
-pre { padding: .5rem .75rem; white-space: pre-wrap } #rows p, #hint { padding: .35rem .75rem }
-#list { overflow: hidden } #rows p { background: var(--page) } #rows > *, #hint { border-top: 1px solid var(--line) }
-#rows > * { content-visibility: auto; contain-intrinsic-size: auto 2rem }
-.cells { display: grid; grid-template-columns: .7rem 7rem minmax(4rem, 7rem) minmax(2rem, 5rem) 4rem 1fr;
-  gap: 0 .75rem; padding: .35rem .75rem; list-style: none }
-.cells::before { content: "▸" / "" } [open] > .cells::before { content: "▾" / "" }
-.head { font-weight: 600 } .head::before { content: "" } .cells b { color: var(--blue) }
-summary.cells:hover, #rows [open] { background: var(--tint) }
-.cells code { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: clip;
-  font: inherit; word-break: break-all }
-.replayed time::after { content: "replayed"; display: block; font-size: 11px }
-@media (max-width: 46rem) {
-  input:not([type=checkbox]), button, fieldset label { font-size: 16px } .head { display: none }
-  .cells { grid-template-columns: .7rem auto 1fr auto auto } .cells code { grid-column: 2 / -1 }
-  .id:not(:empty)::before { content: "id " } .seq:not(:empty)::before { content: "#" }
-}
+* { box-sizing: border-box; min-width: 0; margin: 0 } [hidden] { display: none !important }
+body { display: grid; gap: .75rem; max-width: 76rem; margin: auto; padding: 1rem;
+  font: 16px/1.5 system-ui, sans-serif; background: Canvas }
+h1 { font-size: 1.4rem } h1, b { color: var(--blue) }
+[data-state=good] { color: var(--good) } [data-state=bad] { color: var(--bad) }
+legend, form > label, time, #counts, #hint, #rows p, ::placeholder { color: var(--soft); opacity: 1 }
+form, fieldset, .bar { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: end }
+legend, fieldset, #edited { flex-basis: 100%; padding: 0; border: 0 }
+form > label { display: grid; flex: 1 9rem } #filter { flex: 1 12rem }
+button, input, fieldset label, #list { font: inherit; border: 1px solid var(--soft); border-radius: 8px }
+button, input, fieldset label { padding: .3rem .65rem } #subscribe { color: Canvas; background: var(--blue) }
+#rows p, #rows [open], summary:hover, fieldset label:has(:checked) { background: var(--tint) }
+#list { overflow: hidden; border-color: var(--line) } #rows > * { border-bottom: 1px solid var(--line) }
+#rows p, #hint, pre, .cells { padding: .35rem .75rem; overflow-wrap: anywhere }
+pre, .cells { font: 13px/1.55 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap }
+.cells { display: flex; flex-wrap: wrap; gap: 0 .75rem }
+.cells time::before { content: "▸ " / "" } [open] time::before { content: "▾ " / "" }
+.cells b { flex: 1 5rem } .id, .seq { flex: 1 3rem }
+.id:not(:empty)::before { content: "id " } .seq:not(:empty)::before { content: "#" }
+.cells code { flex: 16 22rem; max-height: 4.65em; overflow: hidden; font: inherit }
 </style>
 <body data-channels="$channels">
-<header><h1>pgpubsub</h1><span id="server" data-state="">…</span></header>
+<h1>pgpubsub</h1>
 <form id="form" autocomplete="off">
-  <fieldset id="channels" aria-label="Channels"><label><input id="all" type="checkbox"> all</label></fieldset>
-  <label id="pattern">More channels<input id="more" name="channel" autocapitalize="off"></label>
+  <fieldset id="channels"><legend>Channels: all of these, unless you choose</legend></fieldset>
+  <label>More channels<input id="more" name="more" autocapitalize="off"></label>
   <label>Client id<input id="id" name="id" placeholder="any"></label>
   <label>Token<input id="token" type="password" autocomplete="off"></label>
   <label>Since, from the log<input id="since" name="since" placeholder="now, 0 or a position"></label>
-  <button id="subscribe">Subscribe</button><button id="stop" type="button" disabled>Stop</button>
-  <p id="edited" hidden>What you have changed here applies when you press Subscribe.</p>
+  <button id="subscribe">Subscribe</button><button id="stop" type="button">Stop</button>
+  <p id="edited" data-state="bad">What you have changed here applies when you press Subscribe.</p>
 </form>
 <details><summary>Subscribe from your own page</summary><pre>
 import { Subscription } from "<span id="module">/pgpubsub.js</span>";
 const subscription = new Subscription("./subscribe/foo"); // options: { id: "42", token: "T", since: "now" }
 subscription.onmessage = ({ data, channel, id, seq }) => console.log(data);</pre></details>
-<p class="bar"><span><span id="status" role="status" data-state=""></span> <span id="countdown"></span></span></p>
+<p><span id="status" role="status"></span> <span id="countdown"></span></p>
 <div class="bar"><input id="filter" type="search" placeholder="Filter" aria-label="Filter">
   <button id="pause">Pause</button><button id="clear">Clear</button><span id="counts"></span></div>
-<section id="list" aria-label="Notifications, newest first">
-  <div class="cells head"><span>Time</span><span>Channel</span><span>Id</span><span>Seq</span><span>Payload</span></div>
-  <div id="rows"></div><p id="hint"></p></section>
+<section id="list" aria-label="Notifications, newest first"><div id="rows"></div><p id="hint"></p></section>
 <script type="module">
 import { Subscription } from "./pgpubsub.js";
-const SHOWN = 200; // rows on screen
-const KEPT = 1000, KEPT_CHARACTERS = 20e6; // rows in memory, and characters in their payloads
+const SHOWN = 200; // rows on screen, and at most as many that wait for it
 const $ = id => document.getElementById(id);
-const show = (id, state, text) => { $(id).dataset.state = state; $(id).textContent = text; };
+const state = {
+  subscription: null,
+  asked: null, // what the form said when it was submitted
+  nextAttempt: null, // in milliseconds of Date.now()
+  received: 0,
+  waiting: [], // rows that are not on screen yet, oldest first
+  isPaused: false,
+};
 function element(tag, properties, ...inside) {
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...inside);
   return node;
 }
 
-// The form. All of it is kept in the address, but for the token, whose field has no name.
+// The form. All of it but the token, whose field has no name, is kept in the address.
 const served = document.body.dataset.channels.split(",");
 const named = served.filter(name => !/[*?]/.test(name));
 const linked = new URLSearchParams(location.hash.slice(1));
-const more = new Set(linked.getAll("channel"));
 for (const value of named) {
-  const box = element("input", { type: "checkbox", name: "channel", value, checked: more.delete(value) });
+  const checked = linked.getAll("channel").includes(value);
+  const box = element("input", { type: "checkbox", name: "channel", value, checked });
   $("channels").append(element("label", {}, box, ` ${value}`));
 }
-$("more").value = [...more].join();
+for (const name of ["more", "id", "since"]) $(name).value = linked.get(name) ?? "";
 $("more").placeholder = served.filter(name => !named.includes(name)).join();
-$("pattern").hidden = !$("more").placeholder && !$("more").value;
-$("all").parentElement.hidden = !named.length;
-for (const name of ["id", "since"]) $(name).value = linked.get(name) ?? "";
+$("more").parentElement.hidden = !$("more").placeholder;
 $("module").textContent = new URL("./pgpubsub.js", location);
 function choice() {
   const query = new URLSearchParams(new FormData($("form")));
-  for (const [name, value] of [...query]) if (!value) query.delete(name, value);
-  const names = query.getAll("channel").join().split(",").map(name => name.trim()).filter(Boolean);
-  $("all").checked = !names.length; // none is all those that are no patterns
-  return { names: [...new Set(names)], query, token: $("token").value };
+  const all = [...query.getAll("channel"), ...query.get("more").split(",")];
+  const names = all.map(name => name.trim()).filter(Boolean);
+  const [id, since] = [query.get("id") || null, query.get("since") || null];
+  return { names, options: { id, since, token: $("token").value }, address: `#${query}` };
 }
-$("form").oninput = ({ target }) => {
-  if (target === $("all")) {
-    for (const box of $("channels").querySelectorAll("input")) box.checked = false;
-    $("more").value = "";
-  }
-  showEdited();
-};
-function showEdited() {
-  const { query, token } = choice();
-  $("edited").hidden = !subscription || (`${query}` === `${asked.query}` && token === asked.token);
-}
-onhashchange = () => location.reload();
 
-// The subscription, whose events become the status, and rows.
-let subscription = null, asked = choice();
-let nextAttempt = 0; // in milliseconds of Date.now(); 0: there is none
-function say(state, text) {
-  show("status", state, text);
-  if (state) remark(text);
-  $("stop").disabled = !subscription;
-  showEdited();
-  draw();
-}
-function stop() {
-  subscription?.close();
-  subscription = null;
-  nextAttempt = 0;
-  say("", "Not subscribed");
-}
+// The subscription, whose events become the status, and rows: notifications and remarks.
 function subscribe() {
   stop();
-  asked = choice();
-  history.replaceState(null, "", `#${asked.query}`);
-  const { id, since = null } = Object.fromEntries(asked.query);
-  const isAll = !asked.names.length && named.length > 1;
-  const names = asked.names.length ? asked.names : named;
-  const path = isAll ? "./subscribe" : `./subscribe/${names.map(encodeURIComponent)}`;
-  let isReplay, isBookmark; // until the first bookmark, which is a position behind no message
-  subscription = new Subscription(path, { id, since, token: asked.token });
+  const { names, options, address } = state.asked = choice();
+  history.replaceState(null, "", address);
+  const path = names.length ? `./subscribe/${names.map(encodeURIComponent)}` : "./subscribe";
+  const shown = names.length ? names : named;
+  const publish = options.since === null ? "pg_notify" : "pgpubsub.publish";
+  const example = `select ${publish}('${shown[0]?.replaceAll("'", "''")}', 'hello');`;
+  const subscription = state.subscription = new Subscription(path, options);
+  $("hint").textContent = `Nothing yet. In psql: ${example}`;
+  show("", "Connecting …");
   subscription.onopen = () => {
-    nextAttempt = 0;
-    isReplay = since !== null;
-    isBookmark = true;
-    say("good", `Subscribed to ${names.join(", ")}`);
+    state.nextAttempt = null;
+    show("good", `Subscribed to ${shown.join(", ")}`);
   };
   subscription.onmessage = ({ data, channel, id, seq, since }) => {
-    isBookmark = false;
-    const published = parseInt(since?.split("-")[1], 16) / 1000; // a position's microseconds
-    add({ payload: data, channel, id, seq, time: new Date(published || Date.now()), isReplay });
+    const published = parseInt(since?.split("-")[1], 16) / 1000; // a position has microseconds
+    add({ payload: data, channel: channel ?? named[0], id, seq, time: new Date(published || Date.now()) });
+    state.received += 1;
   };
-  subscription.onposition = () => {
-    if (isReplay && isBookmark) {
-      isReplay = false;
-      remark("Caught up with the log: what follows is live");
-    }
-    isBookmark = true;
-  };
-  subscription.ongap = () => remark("Gap: what was before is not here. Your own page would fetch the state now");
+  subscription.ongap = () => add({ remark: "Gap: what was before is not here; a page would fetch the state now" });
   subscription.onclose = ({ code, reason, retry }) => {
-    nextAttempt = retry === null ? 0 : Date.now() + 1000 * retry;
-    if (retry === null) subscription = null;
-    say("bad", `${code < 1000 ? "Refused" : "Closed"} (${code}): ${reason}`);
+    state.nextAttempt = Date.now() + 1000 * retry;
+    if (retry === null) stop(); // it is over
+    show("bad", `${code < 1000 ? "Refused" : "Closed"} (${code}): ${reason}`);
   };
-  say("", "Connecting …");
+}
+function stop() {
+  state.subscription?.close();
+  Object.assign(state, { subscription: null, nextAttempt: null });
+  $("hint").textContent = "Nothing here: choose channels, and press Subscribe.";
+  show("", "Not subscribed");
+}
+function show(status, text) {
+  if (status && $("status").textContent !== text) add({ remark: text }); // once, if it fails again and again
+  $("status").dataset.state = status;
+  $("status").textContent = text;
+}
+function add(row) {
+  state.waiting.push({ time: new Date(), ...row });
+  if (state.waiting.length > SHOWN) state.waiting.shift();
+}
+
+function view({ remark, time, channel, id, seq, payload }) {
+  const day = time.toDateString() === new Date().toDateString() ? "" : `${time.toLocaleDateString("sv")} `;
+  const clock = element("time", {}, `${day}${time.toLocaleTimeString("sv")}.${time.toISOString().slice(20, 23)}`);
+  const text = [remark, channel, id, seq, payload].join(" ").toLowerCase();
+  if (remark) return element("p", { text }, clock, ` ${remark}`);
+  const whole = element("pre");
+  const summary = element("summary", { className: "cells" }, clock, element("b", {}, channel),
+    element("span", { className: "id" }, id ?? ""), element("span", { className: "seq" }, `${seq ?? ""}`),
+    element("code", {}, payload.slice(0, 600)));
+  return element("details", { text, ontoggle: () => { whole.textContent = pretty(payload); } }, summary, whole);
+}
+function pretty(text) { // as it came where it is no JSON, or this browser can only round its numbers
+  const exact = (key, value, context) => typeof value === "number" ? JSON.rawJSON(context.source) : value;
+  try { return JSON.stringify(JSON.parse(text, exact), null, 2); } catch { return text; }
+}
+function draw() {
+  if (!state.isPaused) $("rows").prepend(...state.waiting.splice(0).reverse().map(view));
+  while ($("rows").childElementCount > SHOWN) $("rows").lastChild.remove();
+  const words = $("filter").value.toLowerCase();
+  for (const row of $("rows").children) row.hidden = !row.text.includes(words);
+  const shown = $("rows").querySelectorAll("details:not([hidden])").length;
+  $("counts").textContent = `${state.received} received, ${shown} on screen`;
+  $("hint").hidden = state.received > 0;
+  const seconds = Math.ceil((state.nextAttempt - Date.now()) / 1000);
+  const when = seconds > 0 ? `in ${seconds} s` : "…";
+  $("countdown").textContent = state.nextAttempt ? `· trying again ${when}` : "";
+  $("pause").textContent = state.isPaused ? "Resume" : "Pause";
+  $("stop").hidden = !state.subscription;
+  $("edited").hidden = !state.subscription || JSON.stringify(choice()) === JSON.stringify(state.asked);
 }
 $("form").onsubmit = event => { event.preventDefault(); subscribe(); };
 $("stop").onclick = stop;
-async function ready() {
-  const { status } = await fetch("./readyz", { cache: "no-store" }).catch(() => ({ status: "no answer" }));
-  show("server", status === 200 ? "good" : "bad", { 200: "listening", 503: "not listening" }[status] ?? status);
-}
-
-// The rows: notifications and remarks, kept as they come, and drawn newest first.
-let rows = [], frozen = null; // frozen: those that there were when it was paused
-let characters = 0, received = 0, receivedBefore = 0, rate = 0;
-let count = 0, drawn = 0; // the number of the newest row, and of the newest on screen
-let timer = 0;
-function add(row) {
-  if (!row.isRemark) received++;
-  rows.push({ ...row, number: ++count });
-  characters += row.payload.length;
-  while (rows.length > KEPT || (characters > KEPT_CHARACTERS && rows.length > 1))
-    characters -= rows.shift().payload.length;
-  // In a flood only as often as one can look.
-  timer ||= setTimeout(draw, rate < 100 ? 20 : 250);
-}
-function remark(payload) {
-  const last = rows.at(-1); // what fails again and again is remarked once
-  if (!last?.isRemark || last.payload !== payload) add({ isRemark: true, payload, time: new Date() });
-}
-function draw() {
-  const words = $("filter").value.toLowerCase(), source = frozen ?? rows;
-  const text = ({ channel, id, seq, payload }) => [channel, id, seq, payload].join(" ").toLowerCase();
-  const fresh = source.filter(row => row.number > drawn && (row.isRemark || text(row).includes(words)));
-  $("rows").prepend(...fresh.slice(-SHOWN).reverse().map(view));
-  while ($("rows").childElementCount > SHOWN) $("rows").lastChild.remove();
-  drawn = source.at(-1)?.number ?? drawn;
-  clearTimeout(timer);
-  timer = 0;
-  const shown = $("rows").querySelectorAll("details").length;
-  const which = words ? `, ${shown} match` : shown < received ? `, the newest ${shown} on screen` : "";
-  $("counts").textContent = `${received} received, ${rate} a second${which}`;
-  $("hint").hidden = shown > 0;
-  $("hint").textContent = words && received ? "Nothing here matches the filter."
-    : subscription ? `Nothing yet. In psql: ${example()}` : "Nothing here: choose channels, and press Subscribe.";
-  const seconds = Math.ceil((nextAttempt - Date.now()) / 1000);
-  $("countdown").textContent = nextAttempt ? `· trying again ${seconds > 0 ? `in ${seconds} s` : "…"}` : "";
-}
-function example() {
-  const channel = (asked.names[0] ?? named[0] ?? "foo").replaceAll("'", "''");
-  return `select ${asked.query.has("since") ? "pgpubsub.publish" : "pg_notify"}('${channel}', 'hello');`;
-}
-function view({ isRemark, isReplay, time, channel, id, seq, payload }) {
-  const day = time.toDateString() === new Date().toDateString() ? "" : `${time.toLocaleDateString("sv")} `;
-  const clock = `${day}${time.toLocaleTimeString("sv")}.${time.toISOString().slice(20, 23)}`;
-  if (isRemark) return element("p", {}, element("time", {}, clock), ` ${payload}`);
-  const whole = element("pre", {});
-  const head = element("summary", { className: "cells" }, element("time", {}, clock), element("b", {}, channel ?? ""),
-    element("span", { className: "id" }, id ?? ""), element("span", { className: "seq" }, `${seq ?? ""}`),
-    element("code", {}, payload.slice(0, 600)));
-  const ontoggle = () => { whole.textContent = pretty(payload); };
-  return element("details", { ontoggle, className: isReplay ? "replayed" : "" }, head, whole);
-}
-const exact = (key, value, context) => // numbers to the letter, where the browser can
-  typeof value === "number" && JSON.rawJSON ? JSON.rawJSON(context.source) : value;
-function pretty(text) {
-  try { return JSON.stringify(JSON.parse(text, exact), null, 2); } catch { return text; }
-}
-function redraw() {
-  $("rows").replaceChildren();
-  drawn = 0;
-  draw();
-}
-$("filter").oninput = redraw;
+$("pause").onclick = () => { state.isPaused = !state.isPaused; };
 $("clear").onclick = () => {
-  rows = [];
-  frozen &&= [];
-  characters = received = receivedBefore = 0;
-  redraw();
+  $("rows").replaceChildren();
+  Object.assign(state, { waiting: [], received: 0 });
 };
-$("pause").onclick = () => {
-  frozen = frozen ? null : [...rows];
-  $("pause").textContent = frozen ? "Resume" : "Pause";
-  draw();
-};
-setInterval(() => {
-  rate = received - receivedBefore;
-  receivedBefore = received;
-  draw();
-}, 1000);
-setInterval(ready, 5000);
-ready();
 stop();
+oninput = draw; // edits and the filter show at once
+setInterval(draw, 200); // in a flood no more often than one can look
 </script>
 """
 
