@@ -113,7 +113,8 @@ REPEAT_TROUBLE = 60.0  # seconds until a trouble that lasts is logged again
 AHEAD_TIMEOUT = 1.0  # seconds for the log to reach another copy's position
 RING_PAUSE = 1.0  # seconds between two rechecks of access: any role can ring for one
 
-WORKING_REQUESTS = 16  # that are between their head and their 101 at once
+WORKING_REQUESTS = 4  # between head and 101 at once; 16 only take more turns
+MAX_WAITING_HEADS = 64  # of requests that wait for that, before no more are accepted
 REPLAYED_PAGES = 2  # of the log that are read and encoded at once
 ENDING_WRITERS = 8  # that are awake at once in order to end
 
@@ -694,7 +695,8 @@ class Reader(threading.Thread):
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker.clear)
-        self._calls: deque[Callable[[], object]] = deque()  # of other threads
+        self._lock = threading.Lock()  # guards the next one
+        self._calls: list[Callable[[], object]] = []  # of other threads
         self.endings = Gate(ENDING_WRITERS)  # a writer that has ended leaves it
         # A socket that has ended is read to its end, as if its peer had hung up.
         self._heads = Deadlines(HANDSHAKE_TIMEOUT, lambda head: end_socket(head.sock))
@@ -715,8 +717,11 @@ class Reader(threading.Thread):
         self._call(self._goodbyes.set, subscriber)
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        self._calls.append(partial(function, *arguments))
-        self._waker.wake()
+        with self._lock:
+            is_first = not self._calls
+            self._calls.append(partial(function, *arguments))
+        if is_first:
+            self._waker.wake()
 
     # What its own thread does.
 
@@ -729,8 +734,10 @@ class Reader(threading.Thread):
         patience = min(deadlines.enforce() for deadlines in timers)
         for key, _ in self._selector.select(patience):
             self._survive(key.data, key.fileobj)
-        while self._calls:
-            self._survive(self._calls.popleft())
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for call in calls:
+            self._survive(call)
 
     def _survive(self, function: Callable[[], object], sock: Any = None) -> None:
         """A fault ends the socket it has to do with, which is then read to its end."""
@@ -2595,7 +2602,8 @@ class Server(ThreadedWSGIServer):
         listening.close()  # werkzeug has duplicated it
         self._limit = limit
         self._connections: set[socket.socket] = set()  # add, discard and len are atomic
-        self._has_room = threading.Event()  # a connection was closed
+        self._heads: deque[RequestHead] = deque()  # whose requests wait for the gate
+        self._has_room = threading.Event()  # fewer heads wait; a connection was closed
 
     def get_request(self) -> tuple[Any, Any]:
         self._has_room.clear()
@@ -2605,6 +2613,15 @@ class Server(ThreadedWSGIServer):
             self._has_room.wait(1.0)
             raise
 
+    def service_actions(self) -> None:
+        """Between two accepts: in a storm the kernel's queue is the better place to wait.
+
+        This thread would only take turns with those that work (0.1 ms a connection).
+        """
+        self._has_room.clear()
+        if len(self._heads) > MAX_WAITING_HEADS:
+            self._has_room.wait(1.0)
+
     def verify_request(self, request: Any, client_address: Any) -> bool:
         return len(self._connections) < self._limit
 
@@ -2612,22 +2629,40 @@ class Server(ThreadedWSGIServer):
         self._connections.add(request)
         drop = partial(self._drop, request)
         head = RequestHead(request, client_address, self._queue_request, drop)
-        self.app.reader.await_head(head)
+        data = receive(request)
+        if data and head.add(data):  # in a storm it is there by now
+            self._queue_request(head)
+        else:
+            self.app.reader.await_head(head)
 
     def _queue_request(self, head: RequestHead) -> None:
-        self.app.gate.enter(partial(self._start_request, head))
+        self._heads.append(head)
+        self.app.gate.enter(self._start_thread)
 
-    def _start_request(self, head: RequestHead) -> bool:
-        try:  # a threading.Thread costs 6 KiB more, and waits until it has started
-            start_new_thread(self._run_request, (head,))
+    def _start_thread(self) -> bool:
+        """For one request, and for others that wait meanwhile: a thread is dear to start."""
+        try:
+            if (
+                self._heads
+            ):  # a threading.Thread costs 6 KiB more, and waits for its start
+                start_new_thread(self._run_requests, ())
+                return True
         except RuntimeError as error:
             log.error("a request failed: %s", error)
-            head.drop()
-            return False
-        return True
+            with suppress(IndexError):
+                self._heads.popleft().drop()
+        return False
+
+    def _run_requests(self) -> None:
+        """The life of a request's thread."""
+        with suppress(IndexError):  # there is no other
+            while True:
+                self._run_request(self._heads.popleft())
+                if len(self._heads) < MAX_WAITING_HEADS // 4:
+                    self._has_room.set()
+        self.app.gate.leave()
 
     def _run_request(self, head: RequestHead) -> None:
-        """The life of a request's thread."""
         is_answered = True
         try:
             is_answered = Handler(head, self).is_answered
@@ -2635,10 +2670,8 @@ class Server(ThreadedWSGIServer):
             pass  # the client has gone, or reads no answer
         except Exception:
             log.exception("a request failed")
-        finally:
-            if is_answered:
-                head.drop()
-            self.app.gate.leave()
+        if is_answered:
+            head.drop()
 
     def _drop(self, sock: socket.socket) -> None:
         """Closes a connection, which makes room for another one."""
