@@ -113,7 +113,7 @@ REPEAT_TROUBLE = 60.0  # seconds until a trouble that lasts is logged again
 AHEAD_TIMEOUT = 1.0  # seconds for the log to reach another copy's position
 RING_PAUSE = 1.0  # seconds between two rechecks of access: any role can ring for one
 
-WORKING_REQUESTS = 16  # that are between their head and their 101 at once
+WORKING_REQUESTS = 4  # between head and 101 at once; with 16 the others wait longer
 REPLAYED_PAGES = 2  # of the log that are read and encoded at once
 ENDING_WRITERS = 8  # that are awake at once in order to end
 
@@ -2185,14 +2185,17 @@ class Access(threading.Thread):
         """
         if not token:
             raise refusal(401, "a token is required", WWW_Authenticate="Bearer")
-        question = token, subscriber.subscription
-        with self._lock:
-            self._questions[subscriber] = question
+        subscription = subscriber.subscription
+        question = token, subscription
+        asked = "".join([token, subscription.id or "", *subscription.channels])
         try:
             with gate.outside(), self._handshakes.connection() as connection:
                 # An error of the conversion would show the token in PostgreSQL's log.
-                spelt = connection.can_spell(token)
-                allowed = spelt and self._ask(connection, [question])[question]
+                allowed = connection.can_spell(asked)
+                if allowed:
+                    with self._lock:
+                        self._questions[subscriber] = question
+                    allowed = self._ask(connection, [question])[question]
         except psycopg2.Error as error:
             # Only its first line, as others quote the statement.
             message = error.diag.message_primary or str(error)
