@@ -4107,6 +4107,16 @@ def test_a_payload_of_a_megabyte_arrives_whole(
                 assert [one.payload for one in until_end(wire)] == [payload, "end"]
 
 
+def test_trouble_with_a_log_that_came_later_is_logged_too(database: Database) -> None:
+    with another_database(database) as empty, scene(empty, "-chan foo") as (server, _):
+        load(empty, "pgpubsub.sql")
+        path = "/subscribe/foo?since=now"
+        wait_for(lambda: is_up(server, path), "the log is found")
+        empty.sql("alter table pgpubsub.notification rename to away")
+        empty.sql("select pg_notify('pgpubsub', '')")
+        server.wait_for_log("the log can't be read now")
+
+
 def test_who_began_with_now_and_heard_nothing_goes_on_from_its_bookmark(
     log: Database,
 ) -> None:
@@ -4511,18 +4521,18 @@ def test_a_revoked_token_ends_its_websockets_within_a_second(
 
 @pytest.mark.parametrize("kind", ["may_subscribe", "jwt_may_subscribe"])
 def test_an_expired_token_ends_its_websockets(log: Database, kind: str) -> None:
-    if kind == "may_subscribe":
-        query = "select pgpubsub.issue_token('foo', valid => interval '%s seconds')"
-        tokens = [log.sql(query, [seconds])[0][0] for seconds in (2, 60)]
-    else:
-        log.sql("select pgpubsub.set_jwt_secret(%s)", [SECRET])
-        times = (time.time() + 2, time.time() + 60)
-        tokens = [jwt(exp=expires, channels=["f*"]) for expires in times]
-    flags = f"-chan foo -auth pgpubsub.{kind} -recheck 0.2"
-    paths = [f"/subscribe/foo?token={token}" for token in tokens]
-    with scene(log, flags, *paths) as (_, [ends, stays]):
-        assert ends.close_code() == UNAUTHORIZED
-        assert_open(log, stays)
+    lives = (2 * PATIENCE, 60 * PATIENCE)  # seconds
+    log.sql("select pgpubsub.set_jwt_secret(%s)", [SECRET])
+    with scene(log, f"-chan foo -auth pgpubsub.{kind} -recheck 0.2") as (server, _):
+        if kind == "may_subscribe":
+            query = "select pgpubsub.issue_token('foo', valid => interval '%s seconds')"
+            tokens = [log.sql(query, [seconds])[0][0] for seconds in lives]
+        else:
+            tokens = [jwt(exp=time.time() + n, channels=["f*"]) for n in lives]
+        paths = [f"/subscribe/foo?token={token}" for token in tokens]
+        with Wire(server, paths[0]) as ends, Wire(server, paths[1]) as stays:
+            assert ends.close_code() == UNAUTHORIZED
+            assert_open(log, stays)
 
 
 def test_a_new_secret_ends_all_jwts_at_once_and_claims_are_heeded(
