@@ -140,13 +140,23 @@ ENTRY_OVERHEAD = 200  # bytes that an entry of the tail takes besides its frame
 RECHECK_BATCH = 200  # tokens in one question to the function of -auth
 
 DOORBELL = "pgpubsub"  # the channel on which the schema says that there is something
-RING_LOG, RING_ACCESS = "", "access"  # payloads: read the log; ask about access again
+RING_LOG = ""  # its payload: read the log
+RING_ACCESS = "access"  # another one: ask about access again
 
-TEXT, CLOSE, PING = 0x1, 0x8, 0x9  # opcodes, RFC 6455, section 5.2
+# Opcodes, RFC 6455, section 5.2.
+TEXT = 0x1
+CLOSE = 0x8
+PING = 0x9
 # Close codes, RFC 6455, section 7.4.1; from 1012 on they are in IANA's registry.
-GOING_AWAY, ABNORMAL, POLICY_VIOLATION = 1001, 1006, 1008
-TOO_BIG, INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = 1009, 1011, 1012, 1013
-UNAUTHORIZED, TIMEOUT = 3000, 3008
+GOING_AWAY = 1001
+ABNORMAL = 1006  # no close frame came
+POLICY_VIOLATION = 1008
+TOO_BIG = 1009
+INTERNAL_ERROR = 1011
+SERVICE_RESTART = 1012
+TRY_AGAIN_LATER = 1013
+UNAUTHORIZED = 3000
+TIMEOUT = 3008
 # Closes that somebody may wonder about, and that are logged.
 FOR_CAUSE = {1002, 1007, POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER, UNAUTHORIZED}
 
@@ -246,7 +256,8 @@ class Trouble:
     def tell(self, text: str) -> None:
         now = time.monotonic()
         if text != self._text or now >= self._told + REPEAT_TROUBLE:
-            self._text, self._told = text, now
+            self._text = text
+            self._told = now
             log.warning("%s", text)
 
     def end(self, text: str) -> None:
@@ -263,7 +274,10 @@ def first_line(error: object) -> str:
 # A notification is encoded once for each of the three formats that a subscription can
 # have. A server's frames are not masked, so all subscribers get the same bytes.
 
-BARE, JSON, JSON_SINCE = "bare", "json", "json since"  # formats of frames
+# Formats of frames.
+BARE = "bare"
+JSON = "json"
+JSON_SINCE = "json since"
 NOBODY = "\0"  # an id that no client can have: only who sees all gets it
 
 
@@ -1138,7 +1152,8 @@ class Hub:
         groups: Groups = {}
         for number, n in enumerate(batch):
             groups.setdefault(n.channel, {}).setdefault(n.id, []).append((number, n))
-        channels, ids = frozenset(groups), {None, *(n.id for n in batch)}
+        channels = frozenset(groups)
+        ids = {None, *(n.id for n in batch)}
         is_logged = bool(batch) and batch[0].seq is not None
         feeds: set[Feed] = set()
         for index in [self._plain, self._logged] if is_logged else [self._plain]:
@@ -1279,7 +1294,10 @@ class Connection(extensions.connection):
         flood they are millions, so they are published before the answer is there.
         """
         reads = 0
-        while (state := self.poll()) != extensions.POLL_OK:
+        while True:
+            state = self.poll()
+            if state == extensions.POLL_OK:
+                return
             reads += 1
             if self._publish and reads % MAX_READS == 0 and self.notifies:
                 self._publish()
@@ -1611,7 +1629,8 @@ class Listener(threading.Thread):
         told = "the database connection was lost"
         # After a silence there may be no answer to the next question, either.
         grace = 0 if isinstance(error, NoAnswer) else GRACE
-        deadline, delay = time.monotonic() + grace, 0.1
+        deadline = time.monotonic() + grace
+        delay = 0.1
         while not self._stopping.is_set() and not self._is_back():
             if time.monotonic() >= deadline:
                 close_all(lost, code, told)
@@ -1687,7 +1706,8 @@ PAGE = f"""
             order by seq limit {PAGE_ROWS}
         ) rows
     ) page on bytes_before < {PAGE_BYTES} order by seq"""
-LAST_SEQ, EVERYTHING = (1 << 63) - 1, Subscription(frozenset())  # no channel: any
+LAST_SEQ = (1 << 63) - 1
+EVERYTHING = Subscription(frozenset())  # no channel: any
 
 
 class Position(NamedTuple):
@@ -1874,7 +1894,6 @@ class Log(threading.Thread):
             self._resume(connection)
             while connection.parameters is self._database.found:
                 self._read(connection, live=True)
-                self.refusal = None
                 self.has_tried.set()
                 self._trouble.end("the log is read")
                 self._hub.metrics.beat("log")
@@ -1946,6 +1965,8 @@ class Log(threading.Thread):
                 if pruned.seq > self._tail.base.seq:
                     self._tail = self._tail.behind(pruned)
                 shares = self._hub.shares(page, encode) if live else []
+            if live:  # before anybody hears of it, and comes to follow it
+                self.refusal = None
             if live and page:
                 self._hub.deliver(page, shares)
                 for frames, subscribers in shares:
@@ -2024,7 +2045,8 @@ class Log(threading.Thread):
             self._gate.wait(partial(self._when_read, seq))
             self._check_served()
         with self._hub.lock:
-            tail, pruned = self._tail, self._pruned
+            tail = self._tail
+            pruned = self._pruned
         if position == (0, ""):
             return pruned
         if seq > tail.newest.seq:
@@ -3044,7 +3066,8 @@ def start(
     database = Database(connection_parameters(options.conn))
     gate = Gate(WORKING_REQUESTS)
     followed = Log(database, hub, gate, options.backlog, options.ping)
-    access, bells = None, {RING_LOG: followed.bell.set}
+    access = None
+    bells = {RING_LOG: followed.bell.set}
     try:
         listener = Listener(database, hub, bells)
         if options.auth:
