@@ -1173,14 +1173,13 @@ class Hub:
 
     def deliver(self, batch: Sequence[Notification], shares: list[Share]) -> None:
         """Without the lock, as put() calls the kernel."""
-        deliveries = 0
-        for frames, subscribers in shares:
-            deliveries += frames.number * len(subscribers)
-            for subscriber in subscribers:
-                subscriber.put(frames.data)
-        self.metrics.count("deliveries_total", by=deliveries)
         for channel, number in Counter(n.channel for n in batch).items():
             self.metrics.count("notifications_total", self.entry(channel), number)
+        deliveries = sum(frames.number * len(to) for frames, to in shares)
+        self.metrics.count("deliveries_total", by=deliveries)
+        for frames, subscribers in shares:
+            for subscriber in subscribers:
+                subscriber.put(frames.data)
 
     # What the listener uses.
 
