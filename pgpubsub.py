@@ -2417,7 +2417,8 @@ class Application:
         try:
             if self.access:
                 self.access.check(subscriber, bearer_token(request), self.gate)
-            if not is_upgrade(request):
+            wants_upgrade = is_upgrade(request)
+            if not wants_upgrade:
                 self.hub.check(subscription)
             elif not self.hub.add(subscriber):
                 self.gate.wait(partial(self.hub.when_heard, subscription.channels))
@@ -2425,7 +2426,7 @@ class Application:
             position = None
             if subscription.follows_log:  # registered, so closed if the log ends now
                 position = self.log.find(request.args["since"])
-            if not is_upgrade(request):
+            if not wants_upgrade:
                 raise no_upgrade(request)
             self._start(subscriber, request, position)
         except BaseException:
