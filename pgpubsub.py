@@ -102,7 +102,7 @@ log = logging.getLogger("pgpubsub")
 # ---- Limits --------------------------------------------------------------------------
 # Each has its unit and its reason. What an operator may want to change is a flag.
 
-HANDSHAKE_TIMEOUT = 10.0  # seconds from the accept to a request's whole head
+HANDSHAKE_TIMEOUT = 10.0  # seconds for a request's whole head, and to take the answer
 CLOSE_TIMEOUT = 4.0  # seconds from a close frame to the end of its socket
 DATABASE_TIMEOUT = 5.0  # seconds without a byte from a database that owes an answer
 HEARTBEAT = 5.0  # seconds between questions to the database: a frozen one says nothing
@@ -118,6 +118,7 @@ REPLAYED_PAGES = 2  # of the log that are read and encoded at once
 ENDING_WRITERS = 8  # that are awake at once in order to end
 
 MAX_HEAD = 1 << 16  # bytes in a request's line and headers
+MAX_SENTENCE = 1000  # characters of a refusal: it may repeat what a client has sent
 READ_SIZE = 2048  # bytes read from one client before it is the next one's turn
 MAX_MESSAGE = 1 << 16  # characters in a message from a client; nobody reads them
 MAX_FRAMES = 250  # of any kind from a client in FRAMES_SPAN; nobody reads them
@@ -137,6 +138,7 @@ PAGE_BYTES = 1 << 20  # likewise
 PAGE_SPAN = 100_000  # seqs looked at for a page, so that each query is a short one
 MAX_TAIL = 1 << 26  # bytes of the log's tail in memory; -backlog can make it less
 ENTRY_OVERHEAD = 200  # bytes that an entry of the tail takes besides its frame
+RECHECK_RETRY = 15.0  # seconds until a recheck that failed is tried again
 RECHECK_BATCH = 200  # tokens in one question to the function of -auth
 
 DOORBELL = "pgpubsub"  # the channel on which the schema says that there is something
@@ -168,7 +170,8 @@ class StartupError(Exception):
 def refusal(status: int, sentence: str, **headers: str) -> HTTPException:
     """An HTTP error with a sentence as its body, to be raised."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return HTTPException(response=Response(sentence + "\n", status, named))
+    text = sentence[:MAX_SENTENCE] + "\n"
+    return HTTPException(response=Response(text, status, named))
 
 
 class Waker:
@@ -183,7 +186,7 @@ class Waker:
             self._far.send(b"!", socket.MSG_DONTWAIT)
 
     def clear(self) -> None:
-        """Where there was more, it is readable still, and cleared again."""
+        """Takes 4096 calls; after more it is still readable."""
         with suppress(BlockingIOError):
             self._near.recv(4096, socket.MSG_DONTWAIT)
 
@@ -196,7 +199,7 @@ def acquired_lock() -> threading.Lock:
 
 
 class Gate:
-    """Lets so many be at work at once; the others wait their turn without a thread."""
+    """Lets so many be at work at once. Who has yet to enter waits without a thread."""
 
     def __init__(self, places: int) -> None:
         self._lock = threading.Lock()  # guards the next one, and whose turn is next
@@ -222,12 +225,12 @@ class Gate:
                     return
                 self._places -= 1
                 start = self._queue.popleft()
-            freed = start() is False
+            freed = 1 if start() is False else 0
 
     def wait(self, until: Callable[[Callable[[], None]], None]) -> None:
-        """Who is in waits outside until what it gave to until() has been called.
+        """Who is in leaves, and returns when it has been called and there is a place.
 
-        until() must see to it that this happens, once, whatever else goes wrong.
+        until(call) sees to it that call() is made, once, whatever else goes wrong.
         """
         turn = acquired_lock()
         self.leave()
@@ -364,7 +367,8 @@ class Subscription(NamedTuple):
 # put() offers the bytes to the socket without blocking: to wake a thread for each
 # delivery would cost four times the CPU, and with 1,000 clients half a second. What the
 # kernel does not take waits, as references to bytes that all subscribers share, for the
-# websocket's own writer thread. So a slow client costs only itself.
+# websocket's own writer thread. So a slow client costs only itself. (A frame past
+# SEND_BUFFER, which only the log can bring, wakes the writers of all who get it.)
 
 
 def is_ready(what: Any, event: int, seconds: float | None = None) -> bool:
@@ -394,7 +398,8 @@ class Subscriber:
     subscription: Subscription
     backlog: int  # bytes that may wait
     on_close: Callable[[Subscriber], None]  # it has CLOSE_TIMEOUT from now
-    told: int = -1  # seq of its newest position; the log's (under the hub's lock)
+    is_replaying: bool = False  # its writer catches up with the log; only it ends that
+    told: int = -1  # seq of the newest position it was sent; its log joins it with that
     # Guards all below. The queue begins with a place for the 101, which nothing overtakes.
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _queue: deque[bytes | memoryview] = field(default_factory=lambda: deque([b""]))
@@ -403,6 +408,7 @@ class Subscriber:
     sent: int = 0  # bytes that the socket has taken
     code: int = 0  # of its end; nothing is queued once it is set
     has_ended: bool = False  # the reader has seen the end of the socket
+    was_woken: bool = False  # by that, and so its writer is one of the ENDING_WRITERS
     # The writer sleeps until it can acquire this, which others release.
     _wake: threading.Lock = field(default_factory=acquired_lock)
 
@@ -468,25 +474,24 @@ class Subscriber:
 
     # What its request and the reader use.
 
-    def open(self, answer: bytes, wake_writer: bool) -> None:
-        """Sends the 101, and then what was put meanwhile.
-
-        wake_writer: it is replaying the log, and waits in write_all().
-        """
+    def open(self, answer: bytes) -> None:
+        """Sends the 101, and then what was put meanwhile."""
         with self._lock:
             self._queue[0] = answer
             self.waiting += len(answer)
             self._is_open = True
-            if wake_writer:
+            if self.is_replaying:  # with a page it waits for that, in write_all()
                 self._wake_writer()
         self._push()
 
-    def hang_up(self) -> None:
-        """The socket has ended, and the writer may return."""
+    def hang_up(self) -> bool:
+        """The socket has ended, and the writer may return. Whether that wakes it."""
         with self._lock:
             self._abort()
+            self.was_woken = not self.is_replaying
             self.has_ended = True  # last: whoever sees it may close the socket
             self._wake_writer()
+            return self.was_woken
 
     # What its writer uses.
 
@@ -531,7 +536,7 @@ class Subscriber:
     # The lock is held in the next two.
 
     def _wake_writer(self) -> None:
-        """Now, or when it is about to sleep. Before the 101 there is nothing to do."""
+        """If it is awake, it looks once more before it sleeps. Before the 101 it waits."""
         if self._is_open and self._wake.locked():
             self._wake.release()
 
@@ -547,15 +552,15 @@ class Protocol:
     """simple-websocket's protocol after the handshake, with the frames counted."""
 
     def __init__(self, connection: Any) -> None:
+        self._connection = connection
         self.send = connection.send
         self.receive_data = connection.receive_data
-        self._events = connection.events
         self._until = 0.0  # time.monotonic()
         self.frames = 0  # in a FRAMES_SPAN until then
 
     def events(self) -> Iterator[Any]:
         """Ends early when there are too many."""
-        for event in self._events():
+        for event in self._connection.events():
             now = time.monotonic()
             if now >= self._until:
                 self._until = now + FRAMES_SPAN
@@ -565,6 +570,11 @@ class Protocol:
             if self.frames > MAX_FRAMES:
                 return
             yield event
+
+    def end(self) -> None:
+        """Ends wsproto's parser, a generator that holds itself, so that it is freed."""
+        with suppress(AttributeError):  # in another version: until a collection
+            self._connection._proto._parse_more.close()
 
 
 IDLE = SimpleNamespace(name="", start=lambda: None, set=lambda: None)
@@ -601,6 +611,7 @@ class Websocket(simple_websocket.Server):  # type: ignore[misc]
         self.environ = None  # which makes it smaller for as long as it lives
         self.ws = Protocol(self.ws.connection)
         self.input_buffer = UNREAD
+        self.sent = 0  # bytes that its socket had taken at the time of the last ping
 
     def feed(self, data: bytes) -> None:
         """Handles what the client has sent."""
@@ -608,6 +619,7 @@ class Websocket(simple_websocket.Server):  # type: ignore[misc]
             return  # goodbye was said
         self.ws.receive_data(data)
         self.connected = self._handle_events() and self.ws.frames <= MAX_FRAMES
+        self.incoming_message = None  # half a message; its length is counted elsewhere
         answer = self._outgoing.pop() if self._outgoing else b""
         if self.connected:
             if answer:
@@ -691,7 +703,7 @@ def receive(sock: socket.socket) -> bytes | None:
 
 
 class Reader(threading.Thread):
-    """Reads what comes on all sockets. What it has is its thread's alone, but for _calls."""
+    """Reads what comes on all sockets. Its selector and deadlines are its thread's alone."""
 
     def __init__(self, ping: float) -> None:
         """ping: seconds between two pings."""
@@ -746,10 +758,19 @@ class Reader(threading.Thread):
             if isinstance(sock, socket.socket):
                 end_socket(sock)
 
+    def _register(
+        self, sock: socket.socket, read: Callable[[], None], end: Callable[[], object]
+    ) -> None:
+        """end: is called if that can't be, as the kernel watches only so many."""
+        try:
+            self._selector.register(sock, selectors.EVENT_READ, read)
+        except OSError as error:
+            log.error("a connection can't be read: %s", error)
+            end()
+
     def _add_head(self, head: RequestHead) -> None:
         self._heads.set(head)
-        read = partial(self._read_head, head)
-        self._selector.register(head.sock, selectors.EVENT_READ, read)
+        self._register(head.sock, partial(self._read_head, head), head.drop)
 
     def _read_head(self, head: RequestHead) -> None:
         data = receive(head.sock)
@@ -764,8 +785,8 @@ class Reader(threading.Thread):
 
     def _add(self, websocket: Websocket, data: bytes) -> None:
         self._pings.set(websocket)
-        read = partial(self._read, websocket)
-        self._selector.register(websocket.subscriber.sock, selectors.EVENT_READ, read)
+        end = partial(self._end, websocket)
+        self._register(websocket.subscriber.sock, partial(self._read, websocket), end)
         if data:
             websocket.feed(data)
 
@@ -776,17 +797,26 @@ class Reader(threading.Thread):
             websocket.feed(data)
         elif data is not None:
             self._selector.unregister(subscriber.sock)
-            self._pings.clear(websocket)
-            self._goodbyes.clear(subscriber)
-            self.endings.enter(subscriber.hang_up)
+            self._end(websocket)
+
+    def _end(self, websocket: Websocket) -> None:
+        self._pings.clear(websocket)
+        self._goodbyes.clear(websocket.subscriber)
+        websocket.ws.end()
+        self.endings.enter(websocket.subscriber.hang_up)
 
     def _ping(self, websocket: Websocket) -> None:
+        subscriber = websocket.subscriber
+        # A ping that waits behind other bytes is not late while those are taken.
+        is_slow = subscriber.waiting and subscriber.sent > websocket.sent
         if websocket.pong_received:
             websocket.pong_received = False
-            websocket.subscriber.put(PING_FRAME)
-            self._pings.set(websocket)
-        else:
-            websocket.subscriber.close(TIMEOUT, "no answer to a ping")
+            subscriber.put(PING_FRAME)
+        elif not is_slow:
+            subscriber.close(TIMEOUT, "no answer to a ping")
+            return
+        websocket.sent = subscriber.sent
+        self._pings.set(websocket)
 
 
 # ---- Metrics -------------------------------------------------------------------------
@@ -824,6 +854,9 @@ THREADS = ["listener", "log"]
 ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # in a label's value
 
 
+Samples = defaultdict[tuple[str, object], float]
+
+
 class Metrics:
     """Counts, and the text of /metrics."""
 
@@ -834,7 +867,7 @@ class Metrics:
         self._labels |= {"le": [*DELAYS, "+Inf"], "version": [__version__]}
         self._beats = dict.fromkeys(THREADS, time.monotonic())
         self._lock = threading.Lock()  # guards the samples, by name and label
-        self._samples: defaultdict[tuple[str, object], float] = defaultdict(float)
+        self._samples: Samples = defaultdict(float)
         self._samples["pgpubsub_build_info", __version__] = 1
         self._samples["process_start_time_seconds", ""] = time.time()
 
@@ -860,12 +893,18 @@ class Metrics:
         self.count("log_delay_seconds_count", by=len(delays))
         self.count("log_delay_seconds_sum", by=sum(delays))
 
+    def samples(self) -> Samples:
+        """By name and label."""
+        with self._lock:
+            return self._samples.copy()
+
     def text(
-        self, subscribers: Sequence[Subscriber], entry: Callable[[str], str | None]
+        self,
+        samples: Samples,
+        subscribers: Sequence[Subscriber],
+        entry: Callable[[str], str | None],
     ) -> str:
         """entry: the entry of -chan that serves a channel."""
-        with self._lock:
-            samples = self._samples.copy()
         samples.update(process_samples())
         samples["pgpubsub_connections", ""] = len(subscribers)
         for thread, beat in self._beats.items():
@@ -998,7 +1037,7 @@ class Hub:
         self._plain: Index = {channel: {} for channel in self.exact}
         self._logged: Index = {}  # who follows the log
         self._listening: set[str] = set()  # channels that the database is sending
-        self._unspeakable: set[str] = set()  # and those that it can't spell
+        self._unspeakable: set[str] = set()  # and that it can't spell, while wanted
         self._changed = set(self.exact)  # may have to be LISTENed, or no more
         self._waiting: dict[Callable[[], None], frozenset[str]] = {}  # for channels
 
@@ -1074,10 +1113,10 @@ class Hub:
             self._leave(subscriber)
             if not self._subscribers:
                 self.lock.notify_all()
-        if subscriber.code:  # else there was no websocket
+            self.metrics.count("sent_bytes_total", by=subscriber.sent)
+        if subscriber.sent:  # else there was no websocket
             known = subscriber.code in CLOSE_CODES
             self.metrics.count("closed_total", subscriber.code if known else "other")
-        self.metrics.count("sent_bytes_total", by=subscriber.sent)
 
     # The lock is held in the next three, whose cost depends on one subscription alone.
 
@@ -1117,7 +1156,7 @@ class Hub:
         """Its channels may have to be LISTENed to, or no more."""
         on_demand = subscription.channels - self.exact
         if on_demand and not subscription.follows_log:  # the log needs no LISTEN
-            self._unspeakable -= on_demand
+            self._unspeakable.intersection_update(self._plain)
             self._changed |= on_demand
             self.waker.wake()
 
@@ -1184,16 +1223,21 @@ class Hub:
     # What the listener uses.
 
     def changes(self) -> tuple[list[str], list[str]]:
-        """The next channels to LISTEN to and to UNLISTEN, LISTEN_BATCH in all.
+        """The next channels to LISTEN to and to UNLISTEN, up to LISTEN_BATCH in all.
 
         The latter count as not heard before the UNLISTEN is sent, so that whoever asks
         for one of them in the meantime waits for a new LISTEN.
         """
+        listen: list[str] = []
+        unlisten: list[str] = []
         with self.lock:
-            changed = set(islice(self._changed, LISTEN_BATCH))
-            self._changed -= changed
-            listen = [c for c in changed - self._listening if c in self._plain]
-            unlisten = [c for c in changed & self._listening if c not in self._plain]
+            while self._changed and len(listen) + len(unlisten) < LISTEN_BATCH:
+                channel = self._changed.pop()
+                is_wanted = channel in self._plain
+                if is_wanted and channel not in self._listening:
+                    listen.append(channel)
+                elif not is_wanted and channel in self._listening:
+                    unlisten.append(channel)
             self._listening.difference_update(unlisten)
         return listen, unlisten
 
@@ -1201,7 +1245,7 @@ class Hub:
         """The database sends these from now on, and can't send those."""
         with self.lock:
             self._listening.update(channels)
-            self._unspeakable.update(unspeakable)
+            self._unspeakable.update(self._plain.keys() & unspeakable)
         self._call_settled()
 
     def _is_settled(self, channels: frozenset[str]) -> bool:
@@ -1219,10 +1263,11 @@ class Hub:
         for call in settled:
             call()
 
-    def find(self, standby: bool) -> None:
+    def be_back(self, standby: bool) -> None:
         """The database is there, and sends what is in -chan unless it is a standby."""
         with self.lock:
-            self.metrics.count("database_reconnects_total", by=self.up is False)
+            if self.up is False:
+                self.metrics.count("database_reconnects_total")
             self.up = True
             self.standby = standby
 
@@ -1371,6 +1416,11 @@ def parse_connection_string(conn: str) -> dict[str, str]:
     return given
 
 
+def address(parameters: dict[str, str]) -> str:
+    host, hostaddr, port = map(parameters.get, LISTS)
+    return f"{host or hostaddr or 'the default address'} port {port or 5432}"
+
+
 class NotFound(psycopg2.OperationalError):
     """None of the servers will have us. It says of each one why."""
 
@@ -1386,11 +1436,13 @@ class Database:
         """Connects to the first server that will have us. Raises NotFound."""
         failures: list[str] = []
         for candidate in self._candidates:
-            self.found = candidate
             try:
-                return Connection(candidate, publish)
+                connection = Connection(candidate, publish)
             except psycopg2.Error as error:
-                failures.append(f"{self._address()}: {first_line(error)}")
+                failures.append(f"{address(candidate)}: {first_line(error)}")
+            else:
+                self.found = candidate
+                return connection
         raise NotFound("; ".join(failures))
 
     def connect(self) -> Connection:
@@ -1401,12 +1453,8 @@ class Database:
 
     def unusable(self, error: Exception) -> str:
         """Why, in a sentence: psycopg2 does not say where it failed."""
-        where = "" if isinstance(error, NotFound) else f"{self._address()}: "
+        where = "" if isinstance(error, NotFound) else f"{address(self.found)}: "
         return f"cannot use the database at {where}{first_line(error)}"
-
-    def _address(self) -> str:
-        host, address, port = map(self.found.get, LISTS)
-        return f"{host or address or 'the default address'} port {port or 5432}"
 
 
 class Pool:
@@ -1502,7 +1550,7 @@ class Listener(threading.Thread):
             while self._synchronise():
                 pass
         self._next_beat = 0.0
-        self._hub.find(is_standby)
+        self._hub.be_back(is_standby)
         for ring in self._bells.values():
             ring()  # what was rung meanwhile was not heard
         self._trouble.end("the database is back")
@@ -1530,14 +1578,17 @@ class Listener(threading.Thread):
         log.info("%s %s", doing, where)
 
     def run(self) -> None:
+        trouble: Exception | None = None
         while not self._stopping.is_set():
             try:
+                if trouble:
+                    self._reconnect(trouble)
+                    trouble = None
                 self._listen()
-            except psycopg2.Error as error:
-                self._reconnect(error, SERVICE_RESTART)
             except Exception as error:
-                log.exception("the listener failed, and starts again")
-                self._reconnect(error, INTERNAL_ERROR)
+                if not isinstance(error, psycopg2.Error):
+                    log.exception("the listener failed, and starts again")
+                trouble = error
         self._connection.close()
 
     def _listen(self) -> None:
@@ -1614,7 +1665,7 @@ class Listener(threading.Thread):
         self._publish()
         tell_systemd("WATCHDOG=1")
 
-    def _reconnect(self, error: Exception, code: int) -> None:
+    def _reconnect(self, error: Exception) -> None:
         """Tries for ever, or until the server stops.
 
         Who can't be complete is closed when the database is there again, or when it is
@@ -1625,6 +1676,8 @@ class Listener(threading.Thread):
         reason = first_line(fatal[-1] if fatal else error)
         log.warning("lost the database: %s; closing %d subscribers", reason, len(lost))
         tell_systemd("STATUS=the database is away")
+        is_lost = isinstance(error, psycopg2.Error)
+        code = SERVICE_RESTART if is_lost else INTERNAL_ERROR
         told = "the database connection was lost"
         # After a silence there may be no answer to the next question, either.
         grace = 0 if isinstance(error, NoAnswer) else GRACE
@@ -1722,6 +1775,22 @@ def parse_position(text: str) -> Position:
     if not given:
         raise refusal(400, "since must be a position, a seq, or now")
     return Position(int(given[1]), text if given[2] else "")
+
+
+class Bounds(NamedTuple):
+    """What the log has; at is the text of the position with a seq, if there is one."""
+
+    pruned: Position
+    newest: Position
+    at: str | None
+
+
+def look_up(connection: Connection, seq: int) -> Bounds:
+    """Raises psycopg2.Error."""
+    ((pruned, pruned_text, newest, newest_text, at),) = connection.ask(
+        POSITION_AT, [seq]
+    )
+    return Bounds(Position(pruned, pruned_text), Position(newest, newest_text), at)
 
 
 class Broken(Exception):
@@ -1868,6 +1937,10 @@ class Log(threading.Thread):
             except Exception:
                 log.exception("the thread of the log failed, and starts again")
                 self._refuse(503, "the log can't be read now")
+                if self._is_loaded:  # what was read last may not have reached everybody
+                    self._is_loaded = self._was_missing = False
+                    told = "an internal error"
+                    close_all(self._hub.subscribers(), INTERNAL_ERROR, told)
             self._wait(random.uniform(0.5, 1))  # seconds
 
     def _wait(self, seconds: float) -> None:
@@ -1875,9 +1948,9 @@ class Log(threading.Thread):
         self.bell.clear()
 
     def _refuse(self, status: int, sentence: str) -> None:
-        """Nobody can begin to follow it. Who follows it stays.
+        """Nobody can begin to follow it; who follows it stays.
 
-        It need not be there, and that the database is away the listener says.
+        That is logged, unless there was no log anyway, or the listener logs why.
         """
         if self._hub.up and not self._was_missing:
             self._trouble.tell(sentence)
@@ -1895,8 +1968,6 @@ class Log(threading.Thread):
                 self._read(connection, live=True)
                 self.has_tried.set()
                 self._trouble.end("the log is read")
-                self._hub.metrics.beat("log")
-                self._call_who_waited()
                 self._send_bookmarks()
                 self._wait(STANDBY_BEAT if self._hub.standby else self._patience())
 
@@ -1925,13 +1996,13 @@ class Log(threading.Thread):
     def _resume(self, connection: Connection) -> None:
         """Goes on behind the newest position, if the log still has it, or begins."""
         known = self._tail.newest
-        ((seq, text, newest, _, at),) = connection.ask(POSITION_AT, [known.seq])
-        base = Position(seq, text)
+        bounds = look_up(connection, known.seq)
         if self._is_loaded:
-            if self._hub.standby and newest < known.seq:
+            if self._hub.standby and bounds.newest.seq < known.seq:
                 raise psycopg2.OperationalError("the standby is behind")
-            check_position(known, base, at)
+            check_position(known, bounds.pruned, bounds.at)
             return
+        base = bounds.pruned
         if not self._was_missing:
             values = [self._tail_bytes // ENTRY_OVERHEAD, self._tail_bytes]
             found = connection.ask(BEFORE_TAIL, [ENTRY_OVERHEAD, *values])
@@ -1966,6 +2037,8 @@ class Log(threading.Thread):
                 shares = self._hub.shares(page, encode) if live else []
             if live:  # before anybody hears of it, and comes to follow it
                 self.refusal = None
+            self._hub.metrics.beat("log")
+            self._call_who_waited()
             if live and page:
                 self._hub.deliver(page, shares)
                 for frames, subscribers in shares:
@@ -2006,6 +2079,8 @@ class Log(threading.Thread):
             newest = self._tail.newest.seq
             waiting = self._waiting.items()
             done = [c for c, (end, seq) in waiting if end <= now or seq <= newest]
+            if self.refusal:
+                done = list(self._waiting)
             for call in done:
                 del self._waiting[call]
         for call in done:
@@ -2035,9 +2110,8 @@ class Log(threading.Thread):
 
         Raises a refusal where the log can't go on from there.
         """
-        if since == "now":
-            _, _, _, since, _ = self._look_up(0)
-        position = parse_position(since)
+        is_now = since == "now"
+        position = self._look_up(0).newest if is_now else parse_position(since)
         seq = position.seq
         self._check_served()
         if seq > self._tail.newest.seq:
@@ -2049,26 +2123,25 @@ class Log(threading.Thread):
         if position == (0, ""):
             return pruned
         if seq > tail.newest.seq:
-            if self._hub.standby:
-                raise refusal(503, "this standby is not there yet", Retry_After="1")
-            ends = f"the log ends at {tail.newest.seq}"
-            raise refusal(400, f"{ends}: it is not the one you knew")
+            newest = self._look_up(seq).newest.seq
+            if self._hub.standby or seq <= newest:
+                raise refusal(503, "the log is not read so far yet", Retry_After="1")
+            raise refusal(400, f"the log ends at {newest}: it is not the one you knew")
         at = tail.position_at(seq)
         if pruned.seq <= seq < tail.base.seq:
-            pruned_seq, text, _, _, at = self._look_up(seq)
-            pruned = Position(pruned_seq, text)
+            pruned, _, at = self._look_up(seq)
         try:
             check_position(position, pruned, at)
         except Broken as broken:
             raise refusal(410, f"{broken}: fetch the state") from None
         return position
 
-    def _look_up(self, seq: int) -> Any:
-        """The row that is POSITION_AT, outside the gate. Raises a refusal."""
+    def _look_up(self, seq: int) -> Bounds:
+        """Outside the gate. Raises a refusal."""
         self._check_served()
         try:
             with self._gate.outside(), self._pool.connection() as connection:
-                return connection.ask(POSITION_AT, [seq])[0]
+                return look_up(connection, seq)
         except psycopg2.Error as error:
             self._lookups.tell(f"no position can be looked up: {first_line(error)}")
             told = "the log can't be read now"
@@ -2097,9 +2170,8 @@ class Log(threading.Thread):
         tail = self._tail
         if seq < tail.base.seq:
             return False
-        frames, _ = tail.frames(
-            seq, subscription, limit
-        )  # most of it, without the lock
+        # Most of it without the lock.
+        frames, _ = tail.frames(seq, subscription, limit)
         with self._hub.lock:
             if tail.newest.seq < self._tail.base.seq:
                 return False
@@ -2118,10 +2190,9 @@ class Log(threading.Thread):
         It waits for the client after each page, so a slow one has no more in memory.
         """
         seq = position.seq
-        subscription = subscriber.subscription
         try:
             while not subscriber.code and not self.hand_over(subscriber, seq):
-                frames, position, seq = self._next_page(subscription, position, seq)
+                frames, position, seq = self._next_page(subscriber, position, seq)
                 subscriber.put_pieces(frames)
                 subscriber.write_all()
                 self._hub.metrics.count("deliveries_total", by=len(frames))
@@ -2131,24 +2202,27 @@ class Log(threading.Thread):
             log.warning("closed %s: no replay: %s", subscriber.name, first_line(error))
             subscriber.close(INTERNAL_ERROR, "the log can't be read now")
 
-    def _next_page(self, subscription: Subscription, known: Position, seq: int) -> Page:
+    def _next_page(self, subscriber: Subscriber, known: Position, seq: int) -> Page:
         tail = self._tail
         if seq >= tail.base.seq:
-            frames, known = tail.frames(seq, subscription, PAGE_BYTES)
+            frames, known = tail.frames(seq, subscriber.subscription, PAGE_BYTES)
             return frames, known, known.seq
         seqs = range(seq + 1, min(seq + PAGE_SPAN, tail.newest.seq) + 1)
         try:
-            return self._replay(subscription, known, seqs)
+            return self._replay(subscriber, known, seqs)
         except psycopg2.Error:  # a standby cancels what is in the way of its recovery
-            return self._replay(subscription, known, seqs)
+            return self._replay(subscriber, known, seqs)
 
-    def _replay(self, subscription: Subscription, known: Position, seqs: range) -> Page:
+    def _replay(self, subscriber: Subscriber, known: Position, seqs: range) -> Page:
         """From the database, a few at a time.
 
         That may be another one since the last page: so what is known is checked again.
         """
+        subscription = subscriber.subscription
         with self._replays.connection() as connection:
-            _, page = self._read_page(connection, known, seqs, subscription)
+            page: list[Notification] = []
+            if not subscriber.code:  # else it has gone while it waited
+                _, page = self._read_page(connection, known, seqs, subscription)
             wanted = [n for n in page if subscription.wants(n.channel, n.id)]
             frames = [n.encode(JSON_SINCE) for n in wanted]
         if not page:
@@ -2233,14 +2307,17 @@ class Access(threading.Thread):
     # Its own thread.
 
     def run(self) -> None:
+        patience = self._recheck or None
         while True:
-            rung = self.bell.wait(self._recheck or None)
+            rung = self.bell.wait(patience)
             self.bell.clear()
+            patience = self._recheck or None
             try:
                 self._recheck_all()
                 self._trouble.end("access is rechecked again")
             except psycopg2.Error as error:
                 self._trouble.tell(f"access can't be rechecked: {first_line(error)}")
+                patience = min(self._recheck or RECHECK_RETRY, RECHECK_RETRY)
             except Exception:
                 log.exception("the thread of -auth failed, and goes on")
             if rung:
@@ -2382,7 +2459,10 @@ class Application:
     def _metrics(self, request: Request) -> Response:
         hub = self.hub
         hub.metrics.set("listening", int(hub.up is True and not hub.standby))
-        text = hub.metrics.text(hub.subscribers(), hub.entry)
+        with hub.lock:  # who leaves meanwhile is in one of the two, never in both
+            samples = hub.metrics.samples()
+            subscribers = hub.subscribers()
+        text = hub.metrics.text(samples, subscribers, hub.entry)
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _is_allowed_origin(self, request: Request) -> bool:
@@ -2415,12 +2495,11 @@ class Application:
             head.sock, peer, subscription, self.options.backlog, self.reader.await_end
         )
         try:
+            self.hub.check(subscription)  # before anybody waits for the database
             if self.access:
                 self.access.check(subscriber, bearer_token(request), self.gate)
             wants_upgrade = is_upgrade(request)
-            if not wants_upgrade:
-                self.hub.check(subscription)
-            elif not self.hub.add(subscriber):
+            if wants_upgrade and not self.hub.add(subscriber):
                 self.gate.wait(partial(self.hub.when_heard, subscription.channels))
                 self.hub.check_heard(subscription.channels)
             position = None
@@ -2447,7 +2526,7 @@ class Application:
         if not channels:
             raise refusal(404, "name a channel: /subscribe/<channel>")
         for channel in channels:
-            if not self.hub.entry(channel):
+            if len(channel) > MAX_CHANNEL or not self.hub.entry(channel):
                 raise refusal(404, f"channel {channel!r} is not served here")
         client_id = request.args.get("id")
         if client_id and "\0" in client_id:
@@ -2464,12 +2543,13 @@ class Application:
         websocket = Websocket(subscriber, key, subprotocols)
         if position and self.log.hand_over(subscriber, position.seq):
             position = None  # it has caught up
+        subscriber.is_replaying = position is not None
         try:
             start_new_thread(self._write, (subscriber, head.drop, position))
         except RuntimeError:
             raise refusal(503, "no thread is to be had", Retry_After="5") from None
         head.sock.settimeout(None)
-        subscriber.open(websocket.answer, wake_writer=position is not None)
+        subscriber.open(websocket.answer)
         self.reader.add(websocket, head.data[head.length :])
 
     def _write(
@@ -2482,6 +2562,7 @@ class Application:
         try:
             if position:
                 self.log.catch_up(subscriber, position)
+            subscriber.is_replaying = False
             subscriber.write_until_end()
         except Exception:
             log.exception("closed %s: its writer failed", subscriber.name)
@@ -2490,7 +2571,8 @@ class Application:
         finally:
             self._forget(subscriber)
             drop()
-            self.reader.endings.leave()
+            if subscriber.was_woken:
+                self.reader.endings.leave()
 
 
 PREFLIGHT_HEADERS = {
@@ -2586,8 +2668,9 @@ class Handler(WSGIRequestHandler):
         return self.wfile.write
 
     def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
+        """Without the message, which repeats what the client has sent."""
         self.server.app.count_refused(code)
-        super().send_error(code, message, explain)
+        super().send_error(code)
 
     def version_string(self) -> str:
         return "pgpubsub"
@@ -3062,7 +3145,8 @@ def start(
     """Starts all threads. Raises StartupError."""
     maximum = raise_descriptor_limit(options.max + SPARE)
     metrics = Metrics(options.chan)
-    hub = Hub(options.chan, options.id, min(options.max, maximum), metrics)
+    places = min(options.max, max(1, maximum - SPARE))
+    hub = Hub(options.chan, options.id, places, metrics)
     database = Database(connection_parameters(options.conn))
     gate = Gate(WORKING_REQUESTS)
     followed = Log(database, hub, gate, options.backlog, options.ping)
@@ -3158,8 +3242,11 @@ def demo(options: argparse.Namespace) -> Iterator[None]:
         with server:
             options.conn = server.get_uri()
             (parameters,) = connection_parameters(options.conn)
-            connection = Connection(parameters)
-            connection.ask(f"{setup}; select shop.use_log()")
+            try:
+                connection = Connection(parameters)
+                connection.ask(f"{setup}; select shop.use_log()")
+            except psycopg2.Error as error:
+                raise StartupError(f"-demo: {first_line(error)}") from None
             start_new_thread(sell, (connection,))
             say = "select pgpubsub.publish('orders', 'hello')"
             log.info('to publish something: psql "%s" -c "%s"', options.conn, say)
