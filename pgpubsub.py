@@ -3145,7 +3145,7 @@ def start(
     """Starts all threads. Raises StartupError."""
     maximum = raise_descriptor_limit(options.max + SPARE)
     metrics = Metrics(options.chan)
-    places = min(options.max, max(1, maximum - SPARE))
+    places = min(options.max, max(1, maximum // 2, maximum - SPARE))
     hub = Hub(options.chan, options.id, places, metrics)
     database = Database(connection_parameters(options.conn))
     gate = Gate(WORKING_REQUESTS)
