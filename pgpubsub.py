@@ -408,7 +408,7 @@ class Subscriber:
     sent: int = 0  # bytes that the socket has taken
     code: int = 0  # of its end; nothing is queued once it is set
     has_ended: bool = False  # the reader has seen the end of the socket
-    was_woken: bool = False  # by that, and so its writer is one of the ENDING_WRITERS
+    was_woken: bool = False  # for its end: its writer is one of the ENDING_WRITERS
     # The writer sleeps until it can acquire this, which others release.
     _wake: threading.Lock = field(default_factory=acquired_lock)
 
@@ -808,7 +808,7 @@ class Reader(threading.Thread):
     def _ping(self, websocket: Websocket) -> None:
         subscriber = websocket.subscriber
         # A ping that waits behind other bytes is not late while those are taken.
-        is_slow = subscriber.waiting and subscriber.sent > websocket.sent
+        is_slow = subscriber.waiting > 0 and subscriber.sent > websocket.sent
         if websocket.pong_received:
             websocket.pong_received = False
             subscriber.put(PING_FRAME)

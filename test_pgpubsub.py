@@ -936,6 +936,17 @@ def test_control_frames_tear_none_of_a_stalled_reader(database: Database) -> Non
     assert found[CLOSE] == [struct.pack("!H", 1000)] and frames[-1][0] == CLOSE
 
 
+def test_who_reads_slowly_but_steadily_is_not_late(database: Database) -> None:
+    with scene(database, "-chan foo -ping 0.3", slow("/subscribe/foo")) as (_, [wire]):
+        sent = database.flood("foo", 3000, 1000)  # and pings, behind all of it
+        texts: list[str] = []
+        while len(texts) < 3000:
+            texts += wire.texts(50)
+            time.sleep(0.03)  # its pace
+        database.notify("foo", "still here")
+        assert texts + wire.texts(1) == [*sent, "still here"]
+
+
 # ---- The database goes away ----
 
 # Seconds, so that a test need not wait for the 10 that these are together.
@@ -2973,13 +2984,16 @@ def test_a_standby_sees_by_recheck_what_expires_or_is_revoked_on_the_primary() -
 
 
 def test_with_recheck_0_only_a_ring_and_a_reconnect_ask_again(rules: Database) -> None:
-    paths = allow(rules, "a", "b", "c")
+    *paths, goes = allow(rules, *"abcd")
     paths[2] += "&since=now"
     with scene(rules, f"{ASK} -recheck 0", *paths) as (server, [a, b, c]):
+        Wire(server, goes).close()
         forbid(rules, "a")
         assert not a.pending(2)  # seconds
+        before = asked(rules)
         rules.sql(RING)
         assert a.close_code() == UNAUTHORIZED
+        assert asked(rules) == before + 3, "who is gone is not asked for"
         forbid(rules, "c")
         assert_open(rules, b, c)
         rules.cut_off(server)
@@ -3028,7 +3042,7 @@ def test_trouble_with_some_tokens_keeps_nobodys_revocation(rules: Database) -> N
 
 @pytest.mark.parametrize("cause", ["fails", "sleeps", "silence"])
 def test_trouble_with_all_tokens_closes_nobody(rules: Database, cause: str) -> None:
-    """It is logged once. Silence is that of the whole database."""
+    """Silence is that of the whole database."""
     both = [f"{path}&since=now" for path in allow(rules, "a", "b")]
     with closing(Proxy(rules.socket)) as proxy:
         dsn = proxy.dsn(dbname=rules.name)
@@ -3045,7 +3059,6 @@ def test_trouble_with_all_tokens_closes_nobody(rules: Database, cause: str) -> N
                 wait_for(lambda: asked(rules) >= before + 4, "it goes on asking")
                 rules.sql("truncate app.trouble")
                 server.wait_for_log("access is rechecked again")
-                assert server.count_log("access can't be rechecked") == 1
             forbid(rules, "a")
             assert a.close_code() == UNAUTHORIZED
             assert_open(rules, b)
@@ -3338,8 +3351,9 @@ def test_who_is_far_behind_gets_half_the_backlog_at_once_at_most(log: Database) 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=DEADLINE * 1000)
+    chromium = program("chromium", "chromium")
     with sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=program("chromium", "chromium"))
+        yield driver.chromium.launch(executable_path=chromium)
 
 
 def visit(page: Page, server: Serving, path: str = "/") -> None:
