@@ -165,9 +165,6 @@ class Session(psycopg2.extensions.connection):
             cursor.execute(query, values)
             return cursor.fetchall() if cursor.description else []
 
-    def publish(self, payload: str) -> None:
-        self.sql("select pgpubsub.publish('foo', %s)", [payload])
-
 
 class Database:
     """A database of a PostgreSQL on a unix socket, and one connection to it."""
@@ -919,14 +916,18 @@ def test_a_piece_larger_than_the_backlog_closes_no_reader(log: Database) -> None
             assert wire.texts(1) == [payload]
 
 
+OFTEN = f"-chan foo -ping {0.3 * PATIENCE}"
+
+
 def test_control_frames_tear_none_of_a_stalled_reader(database: Database) -> None:
     sent = [f"{number} ".ljust(7000, "x") for number in range(300)]
-    with scene(database, "-chan foo -ping 0.3", slow("/subscribe/foo")) as (_, [wire]):
+    fewer = {"MAX_FRAMES": 55, "FRAMES_SPAN": 0.5}  # than its 61, but in each span
+    with scene(database, OFTEN, slow("/subscribe/foo"), limits=fewer) as (_, [wire]):
         for number in range(30):  # and the server pings
             database.notify("foo", *sent[10 * number : 10 * number + 10])
             wire.send(PING, b"%d" % number)
             wire.send(PONG)  # a sign of life, without reading
-            time.sleep(0.06)  # the traffic's pace
+            time.sleep(0.06 * PATIENCE)  # the traffic's pace
         wire.send(CLOSE, struct.pack("!H", 1000))
         frames = wire.frames()
     found = {kind: [data for k, data in frames if k == kind] for kind, _ in frames}
@@ -937,7 +938,7 @@ def test_control_frames_tear_none_of_a_stalled_reader(database: Database) -> Non
 
 
 def test_who_reads_slowly_but_steadily_is_not_late(database: Database) -> None:
-    with scene(database, "-chan foo -ping 0.3", slow("/subscribe/foo")) as (_, [wire]):
+    with scene(database, OFTEN, slow("/subscribe/foo")) as (_, [wire]):
         sent = database.flood("foo", 3000, 1000)  # and pings, behind all of it
         texts: list[str] = []
         while len(texts) < 3000:
@@ -2162,7 +2163,7 @@ def test_seq_order_is_commit_order(log: Database) -> None:
         queries += ["select pgpubsub.prune('1 day'), max(newest) from pgpubsub.bounds"]
         with repeating(log, *queries), closing(Session(log)) as idle:
             idle.sql("analyze")
-            idle.publish("never")
+            idle.sql("select pgpubsub.publish('foo', 'never')")
             wait_for(read_on, "what the writers publish")
             idle.rollback()
             for _ in range(3):
@@ -2547,7 +2548,8 @@ def test_a_payload_reaches_the_same_by_notify_and_by_publish(log: Database) -> N
 def test_bookmarks_come_while_the_log_moves_and_outlive_prune(log: Database) -> None:
     publish(log, "foo", "before")
     write = "select pgpubsub.publish('{}', 'x', '7')"
-    with scene(log, "-chan foo,bar -ping 0.2", since("now&id=42")) as (server, [wire]):
+    flags = f"-chan foo,bar -ping {0.2 * PATIENCE}"
+    with scene(log, flags, since("now&id=42")) as (server, [wire]):
         known = [bookmark(wire)]
         for _ in range(3):  # while it stands still there are pings, and nothing else
             assert wire.read() == (PING, b"")
