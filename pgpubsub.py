@@ -1416,7 +1416,7 @@ def parse_connection_string(conn: str) -> dict[str, str]:
     return given
 
 
-def address(parameters: dict[str, str]) -> str:
+def host_and_port(parameters: dict[str, str]) -> str:
     host, hostaddr, port = map(parameters.get, LISTS)
     return f"{host or hostaddr or 'the default address'} port {port or 5432}"
 
@@ -1439,7 +1439,7 @@ class Database:
             try:
                 connection = Connection(candidate, publish)
             except psycopg2.Error as error:
-                failures.append(f"{address(candidate)}: {first_line(error)}")
+                failures.append(f"{host_and_port(candidate)}: {first_line(error)}")
             else:
                 self.found = candidate
                 return connection
@@ -1453,7 +1453,7 @@ class Database:
 
     def unusable(self, error: Exception) -> str:
         """Why, in a sentence: psycopg2 does not say where it failed."""
-        where = "" if isinstance(error, NotFound) else f"{address(self.found)}: "
+        where = "" if isinstance(error, NotFound) else f"{host_and_port(self.found)}: "
         return f"cannot use the database at {where}{first_line(error)}"
 
 
@@ -1877,6 +1877,7 @@ class Tail(NamedTuple):
         size = 0
         for entry in islice(self.entries, self._index(seq), self.number):
             _, _, channel, to, frame = entry
+            # As wants() says; a call would make it 125 instead of 75 ns an entry.
             if channel in channels and (to is None or client_id in (None, to)):
                 frames.append(frame)
                 size += len(frame)
@@ -3206,7 +3207,7 @@ def run(options: argparse.Namespace) -> None:
         server, listener, hub = start(options, listening)
     host = f"[{options.host}]" if ":" in options.host else options.host or "localhost"
     log.info("serving %s on http://%s:%d", ", ".join(options.chan), host, server.port)
-    tell_systemd("READY=1\nSTATUS=listening")
+    tell_systemd("READY=1\nSTATUS=serving")
     signal.sigwait(STOP_SIGNALS)
     if not options.demo:  # which has something to clean up
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the next one ends it

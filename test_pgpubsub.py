@@ -82,6 +82,7 @@ UPGRADE = {
     "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
 }
 FOO = ("-chan", "foo")
+OFTEN = f"-chan foo -ping {0.3 * PATIENCE}"
 LOCAL = ("-host", "127.0.0.1", "-port", "0")
 IMPATIENT = {"CLOSE_TIMEOUT": 1}  # seconds; a limit that saves us four
 BACKLOG = 16 << 20  # bytes, the default of -backlog
@@ -247,10 +248,6 @@ class Database:
                 child.suspend()
             yield
 
-    def write(self, name: str, text: str) -> None:
-        """The file is there, so it stays the server's user's."""
-        (self.data / name).write_text(text)
-
     def read(self, name: str) -> str:
         return (self.data / name).read_text()
 
@@ -266,7 +263,8 @@ def new_database(primary: Database | None = None) -> Iterator[Database]:
         database = Database(folder)
         if primary:  # which an older PostgreSQL understands, too
             source = f"primary_conninfo = 'host={primary.folder} user=postgres'\n"
-            database.write("postgresql.auto.conf", source)
+            path = database.data / "postgresql.auto.conf"
+            path.write_text(source)  # which is there, so it stays the server's user's
         try:
             database.start()
             yield database
@@ -356,6 +354,7 @@ class Serving(ExitStack):
         self._costs = psutil.Process(self._process.pid)
         self.threads: Callable[[], int] = self._costs.num_threads
         self.descriptors: Callable[[], int] = self._costs.num_fds
+        self.limit = self._costs.rlimit
 
     def written(self) -> tuple[str, str]:
         """What is on standard output and standard error so far."""
@@ -713,10 +712,6 @@ def until_end(wire: Wire) -> list[Entry]:
     return found
 
 
-def received(client: ClientConnection, count: int = 1) -> list[str]:
-    return [str(client.recv(DEADLINE)) for _ in range(count)]
-
-
 def open_wires(server: Serving, paths: Iterable[str], stack: ExitStack) -> list[Wire]:
     """Many clients, a few at a time."""
     with ThreadPoolExecutor(8) as pool:
@@ -916,9 +911,6 @@ def test_a_piece_larger_than_the_backlog_closes_no_reader(log: Database) -> None
             assert wire.texts(1) == [payload]
 
 
-OFTEN = f"-chan foo -ping {0.3 * PATIENCE}"
-
-
 def test_control_frames_tear_none_of_a_stalled_reader(database: Database) -> None:
     sent = [f"{number} ".ljust(7000, "x") for number in range(300)]
     fewer = {"MAX_FRAMES": 55, "FRAMES_SPAN": 0.5}  # than its 61, but in each span
@@ -938,7 +930,6 @@ def test_control_frames_tear_none_of_a_stalled_reader(database: Database) -> Non
 
 
 # ---- The database goes away ----
-
 # Seconds, so that a test need not wait for the 10 that these are together.
 EAGER = {"HEARTBEAT": 0.2, "DATABASE_TIMEOUT": 1}
 
@@ -998,17 +989,14 @@ def test_who_comes_while_the_log_starts_over_misses_nothing(log: Database) -> No
     with scene(log, "-chan foo") as (server, _), ExitStack() as stack:
         wires: dict[int, Wire] = {}
         for number in range(60):
-            publish(log, "foo", "pruned before it was read")
+            publish(log, "foo", "pruned")  # before it was read
             log.sql("select pgpubsub.prune('0')")
             with suppress(Refused):
                 wires[number] = stack.enter_context(Wire(server, "/subscribe/foo"))
                 publish(log, "foo", f"{number}")
         publish(log, "foo", "end")
         for number, wire in wires.items():
-            earlier = [
-                b"pruned before it was read",
-                *(b"%d" % n for n in range(number)),
-            ]
+            earlier = [b"pruned", *(b"%d" % n for n in range(number))]
             opcode, payload = wire.read()
             while payload in earlier:  # of the moment before it came
                 opcode, payload = wire.read()
@@ -1069,7 +1057,22 @@ def test_who_answers_no_ping_finds_3008_and_is_gone_in_time(database: Database) 
         assert (first, last, payload[:2]) == (PING, CLOSE, struct.pack("!H", TIMEOUT))
         wait_for(lambda: closed(server, TIMEOUT) == 2, "both are gone, and counted")
         database.notify("foo", "still here")
-        assert received(alive) == ["still here"]
+        assert alive.recv(DEADLINE) == "still here"
+
+
+def test_who_reads_slowly_but_steadily_is_not_late(database: Database) -> None:
+    with (
+        scene(database, OFTEN, slow("/subscribe/foo")) as (_, [wire]),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        sending = pool.submit(database.flood, "foo", 6000, 1000)
+        texts: list[str] = []
+        while len(texts) < 6000:
+            texts += wire.texts(100)
+            time.sleep(0.03 * PATIENCE)  # the pace
+        assert texts == sending.result()
+        database.notify("foo", "still here")
+        assert wire.texts(1) == ["still here"]
 
 
 # What a client sends, and the code that it finds then. None: it stays open.
@@ -1082,22 +1085,15 @@ MESSAGES: dict[str, tuple[bytes, int | None]] = {
     "252 fragments": ((encode(TEXT, b"", 0) + encode(0, b"")) * 126, POLICY_VIOLATION),
     "64 KiB": (encode(TEXT, b"x" * 65_536), None),
     "one character more": (encode(TEXT, b"x" * 65_537), TOO_BIG),
-    "more, but binary": (encode(BINARY, b"x" * 65_537), TOO_BIG),
     "fragments": (encode(TEXT, b"x" * 40_000, 0) + encode(0, b"x" * 40_000), TOO_BIG),
     "more bytes, but not characters": (encode(TEXT, b"\xc3\xa9" * 40_000), None),
     "a terabyte": (b"\x81\xff" + struct.pack("!Qi", 1 << 40, 0) + bytes(MiB), TOO_BIG),
     "odd words": (encode(CLOSE, b"\x03\xf1too big\x1b[31m\n2026"), TOO_BIG),
     "not masked": (b"\x81\x05hello", PROTOCOL_ERROR),
     "a reserved bit": (encode(TEXT, b"x", 0xC0), PROTOCOL_ERROR),
-    "a reserved opcode": (encode(0x3, b"x"), PROTOCOL_ERROR),
-    "a long ping": (encode(PING, b"x" * 126), PROTOCOL_ERROR),
-    "a fragmented ping": (encode(PING, b"x", 0), PROTOCOL_ERROR),
     "a continuation of nothing": (encode(0x0, b"x"), PROTOCOL_ERROR),
-    "text inside text": (encode(TEXT, b"x", 0) + encode(TEXT, b"x"), PROTOCOL_ERROR),
     "half a close code": (encode(CLOSE, b"x"), PROTOCOL_ERROR),
-    "a close code not for the wire": (encode(CLOSE, b"\x03\xed"), PROTOCOL_ERROR),
     "no UTF-8": (encode(TEXT, b"\xff\xfe"), INVALID_DATA),
-    "an end within a character": (encode(TEXT, b"\xe2\x82"), INVALID_DATA),
     "a reason that is no UTF-8": (encode(CLOSE, b"\x03\xe8\xff"), INVALID_DATA),
 }
 
@@ -1122,7 +1118,6 @@ def test_who_breaks_a_rule_finds_its_close_code(server: Serving, rule: str) -> N
 
 
 # ---- Client IDs, several channels, patterns ----
-
 # Payloads by the id of the client that they are for.
 ADDRESSED = {
     "42": [
@@ -1133,7 +1128,7 @@ ADDRESSED = {
     "43": ['{"id": 42, "id": 43}'], "42.0": ['{"id": 42.0}', '{"id": "42.0"}'],
     "": ['{"id": ""}'], "null": ['{"id": "null"}'], "true": ['{"id": "true"}'],
     "\U0001f600": ['{"id": "\U0001f600"}', r'{"id": "\ud83d\ude00"}'],
-    "\ufffd": ['{"id": "\ufffd"}'], "?": [], "100": [],
+    "\ufffd": ['{"id": "\ufffd"}'], "?": [], "100": [], "100.0": ['{"id": 100.0}'],
 }  # fmt: skip
 TO_EVERYBODY = [
     "", "42", '"42"', "null", "{}", "[" * 3000 + "]" * 3000, '{"id": ["42"]}',
@@ -1142,7 +1137,7 @@ TO_EVERYBODY = [
 ]  # fmt: skip
 # Those of others, to the letter, and what begins as an object and can't be read.
 TO_NONE_OF_THEM = [
-    '{"id": 1e2}', '{"id": 100.0}', '{"id": 1E+2}', '{"id": -42}', '{"id": "42 "}',
+    '{"id": 1e2}', '{"id": 1E+2}', '{"id": -42}', '{"id": "42 "}',
     '{"id": "042"}', '{"id": "\uff14\uff12"}', r'{"id": "42\u0000"}',
     '{"id": 1e999999}', '{"id": 1' + "0" * 5000 + "}", r'{"id": "\ud800"}', "{",
     r'{"id": "4\ud8002"}', '{"id": 042}', '{"id": +42}', '{"id": 42}}', "{'id': 42}",
@@ -1311,6 +1306,7 @@ REQUESTS: dict[str, list[tuple[str, dict[str, str], int, str]]] = {
         *((WS, bearer(it), 101, "") for it in GOOD),
         *((WS, {PAIR: f"bearer, {it}"}, 101, "Protocol: bearer\n") for it in GOOD),
         *((f"{WS}?token={it}", {}, 101, "") for it in GOOD),
+        (f"{WS}?token=wrong", bearer(TOKEN), 101, ""),
     ],
 }
 
@@ -1396,6 +1392,18 @@ def test_who_reads_no_answer_holds_up_nobody(server: Serving) -> None:
         assert time.monotonic() - began < 2 * PATIENCE
 
 
+def test_a_head_may_come_in_pieces_with_a_frame_behind(server: Serving) -> None:
+    head = upgrade_request("/subscribe/foo", {})
+    for cut in range(len(head) - 4, len(head)):
+        with server.dial() as sock:
+            sock.sendall(head[:cut])
+            time.sleep(0.05)  # the pace
+            sock.sendall(head[cut:] + encode(PING, b"early"))
+            answer = b""
+            while not answer.endswith(b"\x8a\x05early"):
+                answer += sock.recv(4096) or pytest.fail("it hangs up")
+
+
 def test_requests_that_drip_hold_up_nobody_and_are_dropped(database: Database) -> None:
     def is_dropped(sock: socket.socket) -> bool:
         """Unless it is, it drips once more."""
@@ -1418,18 +1426,6 @@ def test_requests_that_drip_hold_up_nobody_and_are_dropped(database: Database) -
         assert time.monotonic() - began < 4 * PATIENCE
 
 
-def test_past_max_it_says_503_until_somebody_leaves(database: Database) -> None:
-    paths = ["/subscribe/foo"] * 3
-    with scene(database, "-chan foo -max 3", *paths) as (server, [first, *_]):
-        refusal = server.upgrade("/subscribe/foo")
-        assert refusal.status == 503 and int(refusal.headers["Retry-After"]) > 0
-        values = metrics(server)
-        assert values["pgpubsub_connections"] == values["pgpubsub_connections_max"] == 3
-        assert values['pgpubsub_refused_total{status="503"}'] == 1
-        first.close()
-        wait_for(lambda: is_up(server), "there is room again")
-
-
 def test_who_asks_nothing_takes_up_room_but_harms_nobody(database: Database) -> None:
     few = ["sh", "-c", 'ulimit -n 64 && exec "$@"', "sh"]
     for flags, before in {"-chan foo -max 3": [], "-chan foo": few}.items():
@@ -1437,6 +1433,8 @@ def test_who_asks_nothing_takes_up_room_but_harms_nobody(database: Database) -> 
             scene(database, flags, "/subscribe/foo", before=before) as (server, [wire]),
             ExitStack() as stack,
         ):
+            if before:  # and then some more are gone
+                server.limit(resource.RLIMIT_NOFILE, (31, 31))
             for _ in range(300):
                 stack.enter_context(server.dial())
             wait_for(lambda: server.descriptors() > 30, "many are accepted")
@@ -1497,7 +1495,8 @@ def test_three_hundred_come_back_after_the_database(fragile: Database) -> None:
     """Each may be told to try again, but all must get in, through few connections."""
     path = "/subscribe/foo"
     fragile.sql(f"create schema app; {MAY_SUBSCRIBE}")
-    with scene(fragile, AUTH) as (server, _), ExitStack() as stack:
+    patient = {"GRACE": DEADLINE}  # seconds until they are told that it is away
+    with scene(fragile, AUTH, limits=patient) as (server, _), ExitStack() as stack:
 
         def come_back(_: int) -> Wire:
             deadline = time.monotonic() + 2 * DEADLINE
@@ -1515,11 +1514,11 @@ def test_three_hundred_come_back_after_the_database(fragile: Database) -> None:
             assert all(wire.texts(1) == ["welcome"] for wire in wires)
             with fragile.away():
                 assert server.upgrade(path, bearer(TOKEN)).status == 503
+                assert not wires[0].pending(0.5)
         wait_for(lambda: server.upgrade(path, bearer("wrong")).status == 403, "it asks")
 
 
 # ---- Life: flags, what can't work, metrics, systemd, restarts, the demo, nginx ----
-
 DEMO = ("-demo", "-port", "0")
 
 
@@ -1537,7 +1536,13 @@ def test_flags_and_the_environment_do_the_same(database: Database, source: str) 
     ):
         database.notify("foo", '{"for": 2}', '{"for": 1}', '{"id": 2}')
         assert wire.texts(2) == ['{"for": 1}', '{"id": 2}']
-        assert server.upgrade("/subscribe/foo").status == 503, "-max"
+        refusal = server.upgrade("/subscribe/foo")
+        assert refusal.status == 503 and int(refusal.headers["Retry-After"]) > 0
+        values = metrics(server)
+        assert values["pgpubsub_connections"] == values["pgpubsub_connections_max"] == 1
+        assert values['pgpubsub_refused_total{status="503"}'] == 1
+        wire.close()
+        wait_for(lambda: is_up(server), "there is room again")
     defaults = "postgresql://postgres@localhost:5432 80 all id 60 16777216 25 10000"
     status, out, _ = ended("-help", env=env)
     assert (status, re.findall(r"default:\s+([^\s,)]+)", out)) == (0, defaults.split())
@@ -1622,19 +1627,23 @@ def test_what_is_not_installed_is_told_in_one_line(tmp_path: Path) -> None:
         assert_refused(ended(*flags, env={"PYTHONPATH": str(tmp_path)}), 1, reason)
 
 
-def test_a_silent_host_among_pghosts_is_passed_over(database: Database) -> None:
-    database.sql("create role someone login")
-    with closing(Proxy(database.socket)) as proxy:
-        proxy.drop()
-        env = {"PGHOST": f"127.0.0.1,{database.folder}", "PGPORT": f"{proxy.port},5432"}
-        env |= {"PGUSER": "someone", "PGDATABASE": "postgres", "PGPASSWORD": PASSWORD}
-        options: Any = {"env": env, "limits": {"DATABASE_TIMEOUT": 1}}
-        with scene("", "-chan foo", "/subscribe/foo", **options) as (server, [wire]):
+def test_a_silent_host_among_pghosts_is_passed_over(rules: Database) -> None:
+    """At the start, and when it falls silent: all that is asked then goes elsewhere."""
+    (path,) = allow(rules, "a")
+    rules.sql("drop role if exists someone; create role someone superuser login")
+    with closing(Proxy(rules.socket)) as proxy:
+        env = {"PGHOST": f"127.0.0.1,{rules.folder}", "PGPORT": f"{proxy.port},5432"}
+        env |= {"PGUSER": "someone", "PGDATABASE": rules.name, "PGPASSWORD": PASSWORD}
+        options: Any = {"env": env, "limits": EAGER}
+        with scene("", ASK, path, **options) as (server, [wire]):
             query = "select usename from pg_stat_activity where application_name = %s"
-            assert set(database.sql(query, [server.name])) == {("someone",)}
-            database.cut_off(server)
+            assert set(rules.sql(query, [server.name])) == {("someone",)}
+            proxy.drop()
             assert wire.close_code() == SERVICE_RESTART
-            wait_for(lambda: is_up(server), "it finds it again")
+            wait_for(lambda: server.http("GET", "/readyz").status == 200, "the other")
+            assert server.upgrade(path).status == 101
+        with scene("", ASK, path, **options):
+            pass
     assert_refused(ended(*FOO, *LOCAL, env={"PGPORT": "1"}), 1, "localhost port 1:")
 
 
@@ -1785,7 +1794,7 @@ def test_systemd_hears_how_it_is_and_a_watchdog_while_the_database_is_heard(
             times = told().count(fed)
             fragile.flood("foo", 60_000, 100)
             wait_for(lambda: heard(server, "foo") == 60_000, "all is published")
-            assert told().count(fed) > times, "in a flood, too"
+            assert told().count(fed) > times + 2, "in a flood, too"
             wait_for(lambda: metric(server, age) < 0.5, "the listener's heart beats")
             with getattr(fragile, trouble)():
                 wait_for(lambda: "away" in told(), "the database is away")
@@ -1927,7 +1936,7 @@ def test_behind_nginx_clients_find_a_copy_that_works(database: Database) -> None
         assert front.http("GET", "/live/metrics").status == 404
         wait_for(lambda: time.monotonic() - began > 2.4, "pings keep them open")
         database.notify("foo", "still here")
-        assert all(received(client) == ["still here"] for client in clients)
+        assert {client.recv(DEADLINE) for client in clients} == {"still here"}
         assert subscribers(one, "foo") == subscribers(two, "foo") == 2
         began = time.monotonic()
         assert one.stop() == bad.stop() == 0
@@ -1935,7 +1944,7 @@ def test_behind_nginx_clients_find_a_copy_that_works(database: Database) -> None
         wait_for(lambda: [c.close_code for c in clients].count(GOING_AWAY) == 2, "half")
         others = [stack.enter_context(front.connect(path)) for _ in range(98)]
         database.notify("foo", "again")
-        assert received(others[0]) == ["again"]
+        assert others[0].recv(DEADLINE) == "again"
         assert front.upgrade(path).status == 429, "an address may hold a hundred"
 
 
@@ -2109,7 +2118,6 @@ def test_lines_for_cron_print_nothing(log: Database) -> None:
 
 
 # ---- schema/pgpubsub.sql: publishing, positions, pruning, the row trigger ------------
-
 WRITE = """
     begin isolation level {};
     select pgpubsub.publish('foo', txid_current() || ' 1');
@@ -2270,7 +2278,6 @@ def test_a_row_trigger_that_would_leak_or_lose_fails_the_writer(log: Database) -
 
 
 # ---- schema/access.sql, schema/jwt.sql and schema/example.sql ------------------------
-
 SET_SECRET = "select pgpubsub.set_jwt_secret(%s)"
 SECRET = "a secret of more than 32 bytes \U0001f418"
 HS256 = b'{"alg":"HS256","typ":"JWT"}'
@@ -2417,7 +2424,6 @@ def test_the_shop_notifies_below_8000_bytes_or_uses_the_log(log: Database) -> No
 
 
 # ---- The log through the server: nothing is lost, nothing comes twice ----
-
 PAGES = {"MAX_TAIL": 1}  # bytes: no tail, so that all that was missed comes by pages
 
 
@@ -2529,6 +2535,8 @@ def test_a_payload_reaches_the_same_by_notify_and_by_publish(log: Database) -> N
         assert live == [logged, to_42], "who follows the log gets that alone"
         delays = "pgpubsub_log_delay_seconds_count"
         wait_for(lambda: metric(server, delays) == count + 1, "one observation each")
+        within = [n for name, n in metrics(server).items() if "delay_seconds_b" in name]
+        assert within == sorted(within) and within[-1] == count + 1
     for limits in ({}, PAGES):
         with scene(log, "-chan foo", *following, limits=limits) as (_, followers):
             assert [until_end(wire) for wire in followers] == live
@@ -2888,7 +2896,6 @@ def test_a_batch_for_2500_ids_reaches_them_and_holds_up_nobody(log: Database) ->
 
 
 # ---- Access that ends: -auth is asked again, and who may no more finds 3000 ----
-
 # Any function will do. This one says what it is told to, and counts the questions.
 MAY_STAY = """
 create schema if not exists app;
@@ -2908,7 +2915,6 @@ end $$"""
 ASK = "-chan foo,bar -auth app.may_stay"
 FAILS, SLEEPS = None, 60.0  # seconds
 RING = "select pg_notify('pgpubsub', 'access')"
-BRIEF = {"DATABASE_TIMEOUT": 1, "HEARTBEAT": 0.5}
 
 
 @pytest.fixture
@@ -3020,7 +3026,7 @@ def test_who_is_asked_for_while_its_token_is_revoked_is_caught(rules: Database) 
 def test_trouble_with_some_tokens_keeps_nobodys_revocation(rules: Database) -> None:
     """Who can't be answered is refused; who is not answered in time stays."""
     paths = allow(rules, *"abcdefgh")
-    with scene(rules, f"{ASK} -recheck 0.2", *paths, limits=BRIEF) as (_, wires):
+    with scene(rules, f"{ASK} -recheck 0.2", *paths, limits=EAGER) as (_, wires):
         sleeps, forbidden, fails, also_forbidden, *others = wires
         trouble(rules, "a", SLEEPS)
         forbid(rules, "b")
@@ -3037,7 +3043,7 @@ def test_trouble_with_all_tokens_closes_nobody(rules: Database, cause: str) -> N
     both = [f"{path}&since=now" for path in allow(rules, "a", "b")]
     with closing(Proxy(rules.socket)) as proxy:
         dsn = proxy.dsn(dbname=rules.name)
-        with scene(dsn, f"{ASK} -recheck 0.1", *both, limits=BRIEF) as (server, [a, b]):
+        with scene(dsn, f"{ASK} -recheck 0.1", *both, limits=EAGER) as (server, [a, b]):
             if cause == "silence":
                 proxy.drop()
                 server.wait_for_log("access can't be rechecked")
@@ -3057,9 +3063,9 @@ def test_trouble_with_all_tokens_closes_nobody(rules: Database, cause: str) -> N
 
 def test_rings_ask_for_all_once_a_second_at_little_cost(rules: Database) -> None:
     """Who asks the same is asked for once, and nobody waits for any of it."""
-    different = allow(rules, *(f"{number}" for number in range(250)))
+    different = allow(rules, *(f"{number}" for number in range(250)))  # in two batches
     paths = ["/subscribe/bar?token=0", *different, *different[:1] * 250]
-    with scene(rules, f"{ASK} -recheck 0", *paths) as (server, [wire, *_]):
+    with scene(rules, f"{ASK} -recheck 0", *paths) as (server, [wire, *others]):
         cpu = server.cpu()
         late, before = 0, asked(rules)
         began = time.monotonic()
@@ -3074,6 +3080,10 @@ def test_rings_ask_for_all_once_a_second_at_little_cost(rules: Database) -> None
         assert lasted > 2.9, "the fourth time is after three pauses"
         assert late < 3, "so it is not for those four times"
         assert (server.cpu() - cpu) / lasted < 0.08, "of a core"
+        for number in (0, 249):
+            forbid(rules, f"{number}")
+            rules.sql(RING)
+            assert others[number].close_code() == UNAUTHORIZED
 
 
 def test_handshakes_and_ends_do_not_wait_for_replays(rules: Database) -> None:
@@ -3088,6 +3098,10 @@ def test_handshakes_and_ends_do_not_wait_for_replays(rules: Database) -> None:
         Wire(server, path).close()
         wait_for(lambda: closed(server, 1006) == 1, "this one, and not those")
         assert time.monotonic() - began < PATIENCE
+        query = (
+            "select pg_cancel_backend(pid) from pg_stat_activity where wait_event = %s"
+        )
+        rules.sql(query, ["relation"])  # as a standby does to what is in its way
         rules.sql("rollback")
         for wire in wires[:5]:
             assert entries(wire, 3) == entries_after(rules)
@@ -3120,7 +3134,7 @@ def test_postgresql_logs_no_token_of_a_function_in_trouble(database: Database) -
         mark = len(rules.read("server.log"))
         rules.sql(MAY_STAY)
         paths = allow(rules, f"{secret}-fails", f"{secret}-sleeps")
-        with scene(rules, f"{ASK} -recheck 0.2", *paths, limits=BRIEF) as (server, _):
+        with scene(rules, f"{ASK} -recheck 0.2", *paths, limits=EAGER) as (server, _):
             trouble(rules, "%fails", FAILS)
             trouble(rules, "%sleeps", SLEEPS)
             server.wait_for_log("access can't be rechecked")
@@ -3330,12 +3344,15 @@ def test_whatever_happens_the_promise_holds(number: int) -> None:
 
 def test_who_is_far_behind_gets_half_the_backlog_at_once_at_most(log: Database) -> None:
     publish(log, "foo", *["x" * 200_000] * 30)
-    with scene(log, "-chan foo -backlog 8000000") as (server, _):
+    hurry = {"AHEAD_TIMEOUT": 0}
+    with scene(log, "-chan foo -backlog 8000000", limits=hurry) as (server, _):
         for seq, is_at_once in ((12, True), (0, False)):
             with Wire(server, slow(f"/subscribe/foo?since={seq}")) as wire:
                 waits = metric(server, "pgpubsub_backlog_bytes")
                 assert (waits > 2_000_000) == is_at_once  # else it is a page
                 assert entries(wire, 30 - seq) == entries_after(log, seq)
+        fill(log, "foo", 20_000)
+        assert server.upgrade(since(bounds(log)[1])).status in (101, 503), "not yet"
 
 
 # ---- The browser's client, and the live page -----------------------------------------
@@ -3888,9 +3905,8 @@ def come_and_go(stage: Stage) -> None:
     with stage.event("vanish"):
         os.kill(crowd.pid(), signal.SIGKILL)
         wait_for(lambda: stage.threads() <= before["threads"] + 10, "threads end")
-        wait_for(
-            lambda: stage.descriptors() <= before["descriptors"] + 10, "sockets end"
-        )
+        most = before["descriptors"] + 10
+        wait_for(lambda: stage.descriptors() <= most, "sockets end")
 
 
 def storm(stage: Stage) -> None:
@@ -3955,9 +3971,8 @@ def main() -> None:
     figures: dict[str, Any] = defaultdict(lambda: {side: [] for side in SIDES})
     with new_database() as database:
         load(database, f"{options.script.resolve().parent}/schema/pgpubsub.sql")
-        for turn, (run, count, side) in itertools.product(
-            range(1 if options.quick else 3), runs
-        ):
+        turns = range(1 if options.quick else 3)
+        for turn, (run, count, side) in itertools.product(turns, runs):
             with closing(Stage(count, side, database, options.script)) as stage:
                 try:
                     run(stage)
@@ -3966,9 +3981,8 @@ def main() -> None:
             for label, value in stage.figures.items():
                 figures[f"{count:,} {label}"][side].append(value)
                 print(turn + 1, count, side, label, value, file=sys.stderr)
-    print(
-        "| medians, and ranges of the rounds | pgpubsub | peer |\n| --- | ---: | ---: |"
-    )
+    print("| medians, and ranges of the rounds | pgpubsub | peer |")
+    print("| --- | ---: | ---: |")
     for label, sides in figures.items():
         cells = [label]
         for values in sides.values():
