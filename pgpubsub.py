@@ -611,7 +611,8 @@ class Websocket(simple_websocket.Server):  # type: ignore[misc]
         self.environ = None  # which makes it smaller for as long as it lives
         self.ws = Protocol(self.ws.connection)
         self.input_buffer = UNREAD
-        self.sent = 0  # bytes that its socket had taken at the time of the last ping
+        # At the last ping: bytes that its socket had taken, if more were waiting.
+        self.sent: int | None = None
 
     def feed(self, data: bytes) -> None:
         """Handles what the client has sent."""
@@ -807,15 +808,16 @@ class Reader(threading.Thread):
 
     def _ping(self, websocket: Websocket) -> None:
         subscriber = websocket.subscriber
-        # A ping that waits behind other bytes is not late while those are taken.
-        is_slow = subscriber.waiting > 0 and subscriber.sent > websocket.sent
+        # Behind other bytes a ping is not late while those are taken, nor, when the last
+        # of them is gone, before it had its own time.
+        is_slow = websocket.sent is not None and subscriber.sent > websocket.sent
         if websocket.pong_received:
             websocket.pong_received = False
             subscriber.put(PING_FRAME)
         elif not is_slow:
             subscriber.close(TIMEOUT, "no answer to a ping")
             return
-        websocket.sent = subscriber.sent
+        websocket.sent = subscriber.sent if subscriber.waiting else None
         self._pings.set(websocket)
 
 
