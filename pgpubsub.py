@@ -2332,9 +2332,14 @@ class Access(threading.Thread):
         with self._lock:
             for subscriber, question in self._questions.items():
                 holders[question].append(subscriber)
-        questions = list(holders)
+        told = "access has ended: the token has expired or was revoked"
+        for question in self._refused(list(holders)):
+            close_all(holders[question], UNAUTHORIZED, told)
+
+    def _refused(self, questions: Sequence[Question]) -> list[Question]:
+        """Those that are denied, or fail while others are answered."""
         answers: Answers = {}
-        refused: list[Question] = []
+        failed: list[Question] = []
         with self._rechecks.connection() as connection:
 
             def ask(batch: Sequence[Question]) -> None:
@@ -2346,13 +2351,16 @@ class Access(threading.Thread):
 
             for first in range(0, len(questions), RECHECK_BATCH):
                 batch = questions[first : first + RECHECK_BATCH]
-                refused += in_halves(batch, ask, connection)
-        if questions and not answers:
+                failed += in_halves(batch, ask, connection)
+            # The function may have begun or ceased to fail for all meanwhile: so those are
+            # asked once more, and behind them one that was answered.
+            witness = list(answers)[:1]
+            if failed and witness:
+                failed = in_halves(failed + witness, ask, connection)
+        if questions and (not witness or witness[0] in failed):
             raise psycopg2.OperationalError("the function fails for everybody")
-        refused += [question for question, allowed in answers.items() if not allowed]
-        told = "access has ended: the token has expired or was revoked"
-        for question in refused:
-            close_all(holders[question], UNAUTHORIZED, told)
+        denied = [question for question, allowed in answers.items() if not allowed]
+        return failed + denied
 
     def _ask(self, connection: Connection, questions: Sequence[Question]) -> Answers:
         """Raises psycopg2.Error."""

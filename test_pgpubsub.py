@@ -516,10 +516,6 @@ def subscribers(server: Serving, channel: str) -> float:
     return metric(server, f'pgpubsub_subscribers{{channel="{channel}"}}')
 
 
-def heard(server: Serving, channel: str) -> float:
-    return metric(server, f'pgpubsub_notifications_total{{channel="{channel}"}}')
-
-
 def closed(server: Serving, code: int | str) -> float:
     return metric(server, f'pgpubsub_closed_total{{code="{code}"}}')
 
@@ -945,7 +941,8 @@ def test_without_the_database_it_is_503_and_tries_on(fragile: Database) -> None:
             assert {wire.close_code() for wire in wires} == {SERVICE_RESTART}
             assert time.monotonic() - lost < 4 * PATIENCE, "it is noticed at once"
             refusals = [server.upgrade(path) for path in (*paths, "/subscribe/order_2")]
-            refusals += [server.http(method, "/readyz") for method in ("GET", "HEAD")]
+            refusals += [server.http("GET", path) for path in ("/readyz", *paths)]
+            refusals += [server.http("HEAD", "/readyz")]
             assert {refusal.status for refusal in refusals} == {503}
             assert all(int(refusal.headers["Retry-After"]) > 0 for refusal in refusals)
             assert metric(server, "pgpubsub_listening") == 0
@@ -1090,8 +1087,6 @@ MESSAGES: dict[str, tuple[bytes, int | None]] = {
     "a terabyte": (b"\x81\xff" + struct.pack("!Qi", 1 << 40, 0) + bytes(MiB), TOO_BIG),
     "odd words": (encode(CLOSE, b"\x03\xf1too big\x1b[31m\n2026"), TOO_BIG),
     "not masked": (b"\x81\x05hello", PROTOCOL_ERROR),
-    "a reserved bit": (encode(TEXT, b"x", 0xC0), PROTOCOL_ERROR),
-    "a continuation of nothing": (encode(0x0, b"x"), PROTOCOL_ERROR),
     "half a close code": (encode(CLOSE, b"x"), PROTOCOL_ERROR),
     "no UTF-8": (encode(TEXT, b"\xff\xfe"), INVALID_DATA),
     "a reason that is no UTF-8": (encode(CLOSE, b"\x03\xe8\xff"), INVALID_DATA),
@@ -1347,10 +1342,7 @@ JUNK = {
     "TLS": (b"\x16\x03\x01\x02\0\x01\0" + bytes(range(14, 256)) + END, b".*400"),
     "no version": (b"GET /subscribe/foo" + END, b""),
     "a broken URL": (b"GET http://[/ HTTP/1.1" + END, b"HTTP/1.. 4"),
-    "a broken version": (b"GET / HTTP/9.x" + END, b".*400"),
     "a broken header": (HEAD + b"\xff\xfe: \0\r\n:" + END, b"HTTP/1.. 4"),
-    "many headers": (HEAD + b"X-Header: y\r\n" * 200 + b"\r\n", b"HTTP/1.. 431"),
-    "a long header": (HEAD + b"X-Header: " + b"y" * 70_000 + END, b"HTTP/1.. 431"),
     "headers without end": (HEAD + b"X-Header: y\r\n" * 1_000_000, b"HTTP/1.. 431"),
     "a broken length": (b"POST / HTTP/1.1\r\nContent-Length: -1" + END, b"HTTP/1.. 4"),
     "a body to come": (b"POST / HTTP/1.1\r\nContent-Length: 9" + END, b"HTTP/1.. 405"),
@@ -1730,7 +1722,8 @@ def test_clients_and_notifications_are_counted(database: Database) -> None:
         assert metric(server, "pgpubsub_deliveries_total") == 3 + 3 + 3 + 4 + 4 + 4
         channels = {"foo": (4, 4), label: (1, 3), "order_*": (2, 3), "log?": (0, 0)}
         for name, counts in channels.items():
-            assert (subscribers(server, name), heard(server, name)) == counts, name
+            total = f'pgpubsub_notifications_total{{channel="{name}"}}'
+            assert (subscribers(server, name), metric(server, total)) == counts, name
         for wire, payload in zip(wires, (b"\x03\xe8", b"", b"\x0f\xa1")):
             wire.send(CLOSE, payload)  # 1000, none, and 4001, which is its own
         wires[3].send(BINARY, bytes((64 << 10) + 1))
@@ -1793,7 +1786,8 @@ def test_systemd_hears_how_it_is_and_a_watchdog_while_the_database_is_heard(
             wait_for(lambda: told().endswith("0 subscribers"), "nobody is there")
             times = told().count(fed)
             fragile.flood("foo", 60_000, 100)
-            wait_for(lambda: heard(server, "foo") == 60_000, "all is published")
+            total = 'pgpubsub_notifications_total{channel="foo"}'
+            wait_for(lambda: metric(server, total) == 60_000, "all is published")
             assert told().count(fed) > times + 2, "in a flood, too"
             wait_for(lambda: metric(server, age) < 0.5, "the listener's heart beats")
             with getattr(fragile, trouble)():
@@ -2915,6 +2909,7 @@ end $$"""
 ASK = "-chan foo,bar -auth app.may_stay"
 FAILS, SLEEPS = None, 60.0  # seconds
 RING = "select pg_notify('pgpubsub', 'access')"
+SLEEPING = "select 1 from pg_stat_activity where wait_event = 'PgSleep'"
 
 
 @pytest.fixture
@@ -2998,25 +2993,34 @@ def test_with_recheck_0_only_a_ring_and_a_reconnect_ask_again(rules: Database) -
         assert c.close_code() == UNAUTHORIZED
 
 
-def test_a_ring_amid_trouble_is_heeded_when_that_is_over(rules: Database) -> None:
-    (path,) = allow(rules, "a")
-    soon = {"RECHECK_RETRY": 0.3}
-    with scene(rules, f"{ASK} -recheck 0", path, limits=soon) as (server, [wire]):
+def test_trouble_that_ends_costs_nobody_and_no_ring(rules: Database) -> None:
+    a, b = allow(rules, "a", "b")
+    options: Any = {"limits": {"RECHECK_RETRY": 0.3}}
+    with (
+        scene(rules, f"{ASK} -recheck 0", a, **options) as (server, [first]),
+        Wire(server, b) as second,  # which is asked for later
+    ):
         trouble(rules, "a", FAILS)
+        trouble(rules, "b", 1)
+        rules.sql(RING)
+        wait_for(lambda: bool(rules.sql(SLEEPING)), "the first one has failed")
+        rules.sql("delete from app.trouble")
+        assert not first.pending(2)  # seconds
+        trouble(rules, "%", FAILS)
         forbid(rules, "a")
         rules.sql(RING)
         server.wait_for_log("access can't be rechecked")
-        rules.sql("truncate app.trouble")
-        assert wire.close_code() == UNAUTHORIZED
+        rules.sql("delete from app.trouble")
+        assert first.close_code() == UNAUTHORIZED
+        assert_open(rules, second)
 
 
 def test_who_is_asked_for_while_its_token_is_revoked_is_caught(rules: Database) -> None:
     (path,) = allow(rules, "slow")
     trouble(rules, "slow", 1)
-    sleeps = "select 1 from pg_stat_activity where wait_event = 'PgSleep'"
     with scene(rules, ASK) as (server, _), ThreadPoolExecutor(1) as pool:
         opening = pool.submit(Wire, server, path)
-        wait_for(lambda: bool(rules.sql(sleeps)), "its answer is on its way")
+        wait_for(lambda: bool(rules.sql(SLEEPING)), "its answer is on its way")
         forbid(rules, "slow")
         rules.sql(RING)
         with opening.result() as wire:
